@@ -39,6 +39,7 @@ class Batch:
     indices: list[int]  # of the samples in the dataset
     positions: list[int]  # in the global batch; they determine noise and timesteps
     mask: Tensor | None = None  # (B, 1, H/16, W/16), weights in the loss from 0 to 1; None if no sample has a mask
+    rejected: Tensor | None = None  # like latents, of the images that the targets are preferred over; None without
     weights: Tensor | None = None  # (B,) factors of the samples' losses; None is 1 for all
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
@@ -49,6 +50,7 @@ class Batch:
             references=[copy_to_device(reference, device).to(dtype) for reference in self.references],
             embeddings=copy_to_device(self.embeddings, device).to(dtype),
             mask=None if self.mask is None else copy_to_device(self.mask, device).to(dtype),
+            rejected=None if self.rejected is None else copy_to_device(self.rejected, device).to(dtype),
             weights=None if self.weights is None else copy_to_device(self.weights, device).to(dtype),
         )
 
@@ -173,6 +175,7 @@ class Loader:
             captions.append(self._caption(step, position, index))
         size, reference_sizes = entries[0].bucket
         factors = self._loss_weights
+        rejected = [entry.rejected_key for entry in entries if entry.rejected_key is not None]
         if self._drops_references(step):
             reference_sizes = ()
         return Batch(
@@ -186,6 +189,7 @@ class Loader:
             indices=indices,
             positions=list(positions),
             mask=self._masks([entry.mask_key for entry in entries], size),
+            rejected=self._stack("latents", rejected, latent_shape(size)) if rejected else None,
             weights=None if factors is None else torch.tensor([factors[index] for index in indices]),
         )
 

@@ -40,6 +40,7 @@ NEEDS = {
     ("dataset", "huggingface"): ["dataset.path=someone/cards"],
     ("dataset", "mix"): ["+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/pictures"],
     ("dataset", "pairs"): ["dataset.path=/pictures"],
+    ("dataset", "preference"): ["dataset.path=/pictures"],
     ("dataset", "webdataset"): ["dataset.path=/shards"],
     ("target", "contrastive"): ["model=klein_base_4b", "device=cpu"],
     ("target", "slider"): ["target.positive=old", "target.negative=young"],
@@ -157,7 +158,7 @@ def test_every_setting_of_fp8_and_int8_is_in_its_file():
     assert set(compose("memory=default").memory) >= chosen_with_memory
 
 
-@pytest.mark.parametrize("choice", ["folder", "huggingface", "mix", "pairs", "webdataset"])
+@pytest.mark.parametrize("choice", ["folder", "huggingface", "mix", "pairs", "preference", "webdataset"])
 def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
     given = compose(f"dataset={choice}").dataset
     parameters = inspect.signature(get_object(given._target_)).parameters

@@ -161,7 +161,7 @@ class Trainer:
     def accumulate_gradients(self, model: nn.Module, step: int) -> Losses:
         """Accumulate the gradients of one step over its micro-batches and all processes; return the mean losses."""
         micro_batches = self.prefetcher.get(step)
-        count, rows = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation), weighted
+        count, rows = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation ...), weighted
         prior_losses = [torch.zeros((), device=self.device)]
         for i, micro_batch in enumerate(micro_batches):
             inputs = self.objective.prepare(micro_batch, self.device)
@@ -175,12 +175,13 @@ class Trainer:
             if micro_batch.is_prior:
                 prior_losses.append(micro_batch.weight * losses.flow / count)
             else:
-                rows.append(micro_batch.weight * torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+                parts = [losses.total.detach(), losses.flow, losses.preservation, *losses.preference]
+                rows.append(micro_batch.weight * torch.stack(parts))
             del inputs, losses  # what the forward kept is freed before the next one
         self.processes.average_gradients(self.peft_model)
         mean = torch.cat([torch.stack(rows).sum(0) / count, torch.stack(prior_losses).sum()[None]])
-        total, flow, preservation, prior = self.accelerator.reduce(mean, "mean")
-        return Losses(total + prior, flow, preservation, prior)
+        total, flow, preservation, *preference, prior = self.accelerator.reduce(mean, "mean")
+        return Losses(total + prior, flow, preservation, prior, preference)
 
     def seed_dropout(self, step: int) -> None:
         """Seed the dropout of layers, per process."""
@@ -194,7 +195,8 @@ class Trainer:
             numbers["preservation_loss"] = losses.preservation.item()
         if self.objective.prior and losses.prior is not None:
             numbers["prior_loss"] = losses.prior.item()
-        numbers |= {
+        names = ("preference_accuracy", "preference_margin")  # only with loss=dpo are there values
+        numbers |= {name: value.item() for name, value in zip(names, losses.preference, strict=False)} | {
             "lr": self.learning_rate.value,
             "grad_norm": reading.norm,
             "images_per_second": round(self.loader.sampler.global_batch * clock.take(), 4),

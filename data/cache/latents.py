@@ -45,13 +45,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LatentEntry:
-    """Sizes in pixels, (width, height), and cache keys of one sample's target, references and mask."""
+    """Sizes in pixels, (width, height), and cache keys of one sample's images."""
 
     size: Size
     key: str
     reference_sizes: tuple[Size, ...] = ()
     reference_keys: tuple[str, ...] = ()
     mask_key: str | None = None
+    rejected_key: str | None = None
     others: tuple["LatentEntry", ...] = ()  # further variants of the same sizes: other crops and mirrored ones
 
     @property
@@ -66,7 +67,7 @@ class LatentEntry:
     @property
     def keys(self) -> set[str]:
         """Cache keys of all variants."""
-        own = {self.key, *self.reference_keys} | ({self.mask_key} if self.mask_key else set())
+        own = {self.key, *self.reference_keys} | {key for key in (self.mask_key, self.rejected_key) if key is not None}
         return own.union(*(other.keys for other in self.others))
 
 
@@ -294,7 +295,8 @@ class _Planner:
                 for picture, cap in zip(sample.references, caps, strict=True)
             )
             mask_key = None if sample.mask is None else self.add(Work(sample.mask, "mask", size, cut.of_mask))
-            variants.append(LatentEntry(size, key, caps, reference_keys, mask_key))
+            rejected_key = None if sample.rejected is None else self.add(Work(sample.rejected, "target", size, cut))
+            variants.append(LatentEntry(size, key, caps, reference_keys, mask_key, rejected_key))
         return replace(variants[0], others=tuple(variants[1:])) if len(variants) > 1 else variants[0]
 
     def add(self, work: Work) -> str:

@@ -37,6 +37,7 @@ class Sample:
     mask: Picture | None = None  # loss weight of the target's pixels, white 1 and black 0; None: 1 everywhere
     resolution: int | None = None  # one of the buckets' that it is trained at; None: the largest that it fills
     loss_weight: float = 1.0  # factor of its loss
+    rejected: Picture | None = None  # the image of its size that the target is preferred over
 
     @property
     def name(self) -> str:
@@ -49,8 +50,8 @@ class Sample:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """All its images: target, references, mask."""
-        return (self.target, *self.references, *((self.mask,) if self.mask is not None else ()))
+        """All its images: target, references, mask, rejected."""
+        return (self.target, *self.references, *(other for other in (self.mask, self.rejected) if other is not None))
 
 
 class Bad(NamedTuple):

@@ -275,6 +275,8 @@ class Pairs(Source):
     samples that cannot be used, including references without a target.
     """
 
+    _hint = " (dataset.incomplete=true allows that)"
+
     def __init__(
         self,
         path: str | Path,
@@ -318,7 +320,7 @@ class Pairs(Source):
             elif foreign := [file for files in ([name], *partners) for file in files if is_foreign(file)]:
                 yield Bad(foreign[0], "has a format that Pillow cannot read: convert it")
             elif lacking and not incomplete:
-                yield Bad(name, f"has no image of its name in {lacking[0]} (dataset.incomplete=true allows that)")
+                yield Bad(name, f"has no image of its name in {lacking[0]}{self._hint}")
             elif masks is not None and stem not in masked:
                 yield Bad(name, f"has no mask in {masks}")
             elif self._prompt is None and stem not in texts:

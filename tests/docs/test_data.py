@@ -39,6 +39,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "edits", {"source/x.png": square(), "target/x.png": square(), "target/x.txt": "light"})
     write(tmp_path / "poses", {f"{name}/x.png": square() for name in ("person", "pose", "target")})
     write(tmp_path / "poses", {"target/x.txt": "pose them"})
+    write(tmp_path / "votes", {"chosen/x.png": square(), "rejected/x.png": square("blue"), "chosen/x.txt": "a cat"})
     write(tmp_path / "cutouts", {"cat.png": CLEAR, "cat.txt": "a cat"})
     write(tmp_path / "masked", {**CAT, "cat.txt": "a cat", "masks/cat.png": square("white")})
     write(tmp_path / "tags", {**CAT, "cat.txt": "felix, cat, chair, window, night"})
@@ -86,6 +87,7 @@ def test_a_command_of_the_page_opens_its_dataset(command: str) -> None:
         "reference_folders": lambda: [len(sample.references) for sample in samples] == [2],
         "path=references": lambda: [len(sample.references) for sample in samples] == [2],
         "reference_columns": lambda: all(len(sample.references) == 1 for sample in samples),
+        "preference": lambda: all(sample.rejected is not None for sample in samples),
         "mask=": lambda: all(sample.mask is not None for sample in samples),
         "trigger": lambda: [sample.caption for sample in samples] == ["felix, a cat"],
         "shuffle_tags": lambda: len(samples[0].captions) > 4,
@@ -97,7 +99,7 @@ def test_a_command_of_the_page_opens_its_dataset(command: str) -> None:
 
 def test_the_page_has_a_line_for_every_source_and_for_what_the_sources_have() -> None:
     assert len(COMMANDS) >= 20
-    for name in ("folder", "pairs", "huggingface", "webdataset", "mix"):
+    for name in ("folder", "pairs", "preference", "huggingface", "webdataset", "mix"):
         assert any(command.startswith(f"dataset={name} ") for command in COMMANDS)
     rows = [line for line in TEXT.splitlines() if line.startswith("|") and "`dataset=" in line.split("|")[2]]
     assert len(rows) == len(COMMANDS)
@@ -113,7 +115,9 @@ def test_the_experiment_of_the_page_opens_its_datasets(tmp_path: Path) -> None:
 
 
 def test_every_setting_that_the_page_names_is_one() -> None:
-    known = {key for name in ("folder", "pairs", "huggingface", "webdataset", "mix") for key in settings(name)}
+    known = {
+        key for name in ("folder", "pairs", "preference", "huggingface", "webdataset", "mix") for key in settings(name)
+    }
     named = set(re.findall(r"dataset\.((?:captions\.)?[a-z_]+)", TEXT)) - {"sources"}
     assert {name for name in named if name.removeprefix("captions.") not in known} == set()
     assert len(named) > 15

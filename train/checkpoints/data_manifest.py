@@ -37,6 +37,7 @@ class TrainedData:
         names, marks = [], []
         for sample, entry in zip(samples, entries, strict=True):
             keys = [[one.key, *one.reference_keys, one.mask_key] for one in entry.variants]
+            keys += [[one.rejected_key] for one in entry.variants if one.rejected_key is not None]
             marks.append(xxhash.xxh3_64_hexdigest(json.dumps([keys, sample.captions, sample.weight]).encode()))
             names.append(sample.name)
         return cls(tuple(names), tuple(marks))

@@ -39,7 +39,7 @@ from train.config.settings import AdapterSettings, MemorySettings, ModelSettings
 from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
-from train.objective.loss import MSE
+from train.objective.loss import DPO, MSE
 from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import PriorPreservation
 from train.objective.target import Flow
@@ -135,6 +135,11 @@ class RunConfig:
         self.loss: MSE = self.instantiate("loss")
         self.weighting = self.instantiate("weighting")
         self._preservation: Preservation | BlankPreservation | PriorPreservation = self.instantiate("preservation")
+        if isinstance(self.loss, DPO) and (self.prior is not None or type(self.target) is not Flow):
+            other = "target=contrastive" if self.prior is None else "preservation=prior"
+            raise ValueError(
+                f"loss=dpo with {other}: a preference is trained on pairs alone. Set loss=mse, or leave {other} out"
+            )
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
 

@@ -3,7 +3,7 @@ implements conf/timesteps, conf/target, conf/loss, conf/weighting and conf/prese
 are earlier in README's list. Begin with noise.py, then objective.py.
 """
 
-from train.objective.loss import MAE, MSE, Huber, PseudoHuber
+from train.objective.loss import DPO, MAE, MSE, Huber, PseudoHuber
 from train.objective.preservation import BlankPreservation, ClassPreservation, Preservation
 from train.objective.prior import PriorPreservation
 from train.objective.target import ContrastiveGuidance, Flow, Slider
@@ -11,6 +11,7 @@ from train.objective.timesteps import LogitNormal, LogSNR, Mode, Uniform
 from train.objective.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
 
 __all__ = [
+    "DPO",
     "MAE",
     "MSE",
     "Bell",

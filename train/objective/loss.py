@@ -26,6 +26,7 @@ from train.utils.checks import is_number
 
 MOST_PRIOR = 1e6  # of `unmasked_prior`; with more nothing is learned inside the mask
 DELTAS = (1e-6, 1e6)  # below, a Huber loss is the absolute error in float32; above, it is the squared error
+BETAS = (1e-3, 1e9)
 SCHEDULES = ("constant", "exponential")
 
 
@@ -53,14 +54,30 @@ class MSE:
         if not is_number(self.unmasked_prior, 0, MOST_PRIOR):
             raise ValueError(f"loss.unmasked_prior={self.unmasked_prior!r} must be a number from 0 to {MOST_PRIOR:g}")
 
-    def check_masks(self, *, any_mask: bool) -> None:
-        """Raise ValueError if a setting of masks is given and no sample has a mask."""
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base's predictions for the samples are needed."""
+        return self.unmasked_prior > 0
+
+    def check_samples(self, *, any_mask: bool, rejected: int, count: int) -> None:
+        """Raise ValueError if the samples, of which `rejected` of `count` have a rejected image, do not suit the loss.
+
+        So do settings of masks if no sample has a mask.
+        """
+        self.check_rejected(rejected, count)
         for key in ("unmasked_weight", "unmasked_prior", "unmasked_probability"):
             if getattr(self, key) and not any_mask:
                 raise ValueError(
                     f"loss.{key}={getattr(self, key)} has no effect: no sample has a mask. Set dataset.mask, or "
                     f"loss.{key}=0"
                 )
+
+    def check_rejected(self, rejected: int, count: int) -> None:
+        if rejected:
+            raise ValueError(
+                "dataset=preference has rejected images, which only loss=dpo trains. Set loss=dpo, or dataset=folder "
+                "for the chosen ones"
+            )
 
     def with_drawn_masks(self, batch: Batch, seed: int, step: int) -> Batch:
         """Return the batch in which samples that are drawn by (seed, step, position) have no mask."""
@@ -163,6 +180,52 @@ class PseudoHuber(Huber):
     def distances(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
         delta = self.delta_at(times)
         return ((prediction - target).square() + delta**2).sqrt() - delta
+
+
+@dataclass(frozen=True)
+class DPO(MSE):
+    """The loss of preferring a chosen over a rejected image with the same caption, noise and timestep,
+
+        -log sigmoid(margin),   margin = beta / 2 ((L_base(chosen) - L(chosen)) - (L_base(rejected) - L(rejected))),
+
+    where L is the mean squared error of a sample's prediction and L_base that of the base, the model without its
+    adapter. (Diffusion-DPO, Wallace et al. 2023, eq. 14, with the flow as the target.)
+
+    Attributes:
+        beta: How strongly the adapter is held to the base: the larger, the less it has to change for a low loss.
+    """
+
+    beta: float = 2000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.beta, *BETAS):
+            low, high = BETAS
+            raise ValueError(f"loss.beta={self.beta!r} must be a number from {low:g} to {high:g}")
+        if self.unmasked_prior:
+            raise ValueError(
+                f"loss.unmasked_prior={self.unmasked_prior} has no effect with loss=dpo, which compares to the base "
+                "everywhere. Set loss.unmasked_prior=0"
+            )
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    def check_rejected(self, rejected: int, count: int) -> None:
+        if rejected < count:
+            raise ValueError(
+                f"loss=dpo needs a rejected image for every sample, and {count - rejected} of {count} have none. Set "
+                "dataset=preference, or another loss"
+            )
+
+    def margins(self, prediction: Tensor, target: Tensor, mask: Tensor | None, base: Tensor) -> Tensor:
+        """Return the margins (B,) of (2 B, n, C) tokens: chosen samples, then rejected ones; `base` is the base's."""
+        if mask is not None:
+            mask = mask.clamp(min=self.unmasked_weight)
+        errors, base_errors = (mean_of_tokens((one - target).square(), mask) for one in (prediction, base))
+        chosen, rejected = (base_errors - errors).chunk(2)
+        return self.beta / 2 * (chosen - rejected)
 
 
 def mean_of_tokens(distances: Tensor, mask: Tensor | None) -> Tensor:

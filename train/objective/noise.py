@@ -12,7 +12,7 @@ after a resume and for every split of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,15 @@ class Noised:
         times, tokens = (joined([tensor[part] for part in parts]) for tensor in (self.times, self.tokens))
         value = None if guidance is None else torch.full_like(times, guidance)
         return model(tokens, self.positions, text, self.text_at, times, value, keep=self.target.shape[1]).float()
+
+
+def stacked(first: Noised, second: Noised) -> Noised:
+    """Return the rows of two noisy batches of one shape as one batch."""
+    mask = None if first.mask is None or second.mask is None else torch.cat([first.mask, second.mask])
+    tokens, times, target = (
+        torch.cat([getattr(one, key) for one in (first, second)]) for key in ("tokens", "times", "target")
+    )
+    return replace(first, tokens=tokens, times=times, target=target, mask=mask)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.loader import Batch, Loader, copy_to_device
 from flux2.adapters import adapters_disabled
-from train.objective.loss import MSE, flow_loss
-from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined
+from train.objective.loss import DPO, MSE, flow_loss
+from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined, stacked
 from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import ClassPictures
 from train.objective.target import ContrastiveGuidance, Flow, Slider
@@ -56,7 +57,7 @@ class Inputs:
 
     Attributes:
         text: (B, T, D) embeddings of the captions.
-        weights: (B,) weights of the samples, which do not apply to preservation; None is 1 for all.
+        weights: (B,) weights of the samples or pairs, which do not apply to preservation; None is 1 for all.
         preserved, preserved_weights, empty, guides, scale: As in `MicroBatch`.
         has_caption: (B,) whether a sample has a caption that is not empty; needed with `empty`.
     """
@@ -80,12 +81,14 @@ class Losses:
         total: Loss to differentiate; the others are detached.
         preservation: Preservation loss before its weight; 0 without preservation.
         prior: Weighted loss of the class images (train/objective/prior.py) of a whole step.
+        preference: With `loss=dpo`, the share of pairs with a positive margin, and the mean margin.
     """
 
     total: Tensor
     flow: Tensor
     preservation: Tensor
     prior: Tensor | None = None
+    preference: Sequence[Tensor] = ()
 
 
 def training_loss(
@@ -111,10 +114,10 @@ def training_loss(
 
     # What the adapter is compared to: the base's predictions, which come from one forward without a gradient.
     base: Sequence[Tensor] = []
-    if frozen := [*([text] if loss.unmasked_prior else []), *preserved]:
+    if frozen := [*([text] if loss.needs_base else []), *preserved]:
         with torch.no_grad(), adapters_disabled(model):
             base = predict_each(model, noised, frozen, guidance)
-    flow_base = base[0] if loss.unmasked_prior else None
+    flow_base = base[0] if loss.needs_base else None
     if isinstance(target, Slider) and inputs.guides:
         with torch.no_grad(), adapters_disabled(model):
             positive, negative, neutral = predict_each(model, noised, inputs.guides, guidance)
@@ -128,11 +131,19 @@ def training_loss(
 
     # The adapter's own predictions, in one forward.
     trained, *held = predict_each(model, noised, [text, *preserved], guidance)
-    flow = loss(trained, aim, noised.mask, inputs.weights, noised.times, flow_base)
+    preference: Sequence[Tensor] = ()
+    if isinstance(loss, DPO):
+        assert flow_base is not None
+        margins = loss.margins(trained, aim, noised.mask, flow_base)
+        losses = -F.logsigmoid(margins)
+        flow = (losses if inputs.weights is None else losses * inputs.weights).mean()
+        preference = [(margins.detach() > 0).float().mean(), margins.detach().mean()]
+    else:
+        flow = loss(trained, aim, noised.mask, inputs.weights, noised.times, flow_base)
     if not held:
-        return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
+        return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()), preference=preference)
     difference = flow_loss(held[0], base[-1], None, inputs.preserved_weights)
-    return Losses(flow + weight * difference, flow.detach(), difference.detach())
+    return Losses(flow + weight * difference, flow.detach(), difference.detach(), preference=preference)
 
 
 @contextmanager
@@ -228,5 +239,9 @@ class Objective:
             has_caption = copy_to_device(torch.tensor([caption != "" for caption in batch.captions]), device)
         preserved = moved(micro_batch.preserved), moved(micro_batch.preserved_weights)
         guides = [tensor for guide in micro_batch.guides if (tensor := moved(guide)) is not None]
+        text = batch.embeddings
+        if batch.rejected is not None:  # rows of the chosen images, then of the rejected ones with the same noise
+            noised = stacked(noised, add_noise(replace(batch, latents=batch.rejected), micro_batch.noise))
+            text = torch.cat([text, text])
         empty = moved(micro_batch.empty), has_caption
-        return Inputs(noised, batch.embeddings, weights, *preserved, *empty, guides, micro_batch.scale)
+        return Inputs(noised, text, weights, *preserved, *empty, guides, micro_batch.scale)

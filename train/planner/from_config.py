@@ -24,6 +24,7 @@ from flux2.utils.text import gigabytes
 from flux2.weights.sources import ModelSource
 from train.config.memory import AUTO, CHOSEN, FREE, HEADROOM_GB, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
+from train.objective.loss import DPO
 from train.objective.target import ContrastiveGuidance
 from train.planner.gpus import CONTEXT_GB, GIB, Gpu, gpu, usable
 from train.planner.prediction import Prediction
@@ -106,8 +107,9 @@ def workload_of(
     samples = bool(config.sample.prompts) and settings.sample_every > 0
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
-    held = config.preservation.rows(settings.batch_size)
-    prior, outside = config.prior, settings.batch_size if config.loss.unmasked_prior else 0
+    rejected = settings.batch_size if isinstance(config.loss, DPO) else 0
+    held = config.preservation.rows(settings.batch_size) + rejected
+    prior, outside = config.prior, settings.batch_size if config.loss.needs_base else 0
     guides = 1 if isinstance(config.target, ContrastiveGuidance) else len(config.target.prompts_for([]))
     guided = guides * settings.batch_size
     precision = precision or planned_precision(config, on_gpu, in_fp8)

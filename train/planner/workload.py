@@ -29,8 +29,8 @@ class Workload:
     sample_references: Sequence[tuple[int, int]] = ()  # of the sample prompt with the most reference tokens
     twin: bool = False  # whether another model of this size draws the samples
     text_tokens: int = 512
-    rows: int = 1  # images in a micro-batch, including those that base preservation adds
-    held: int = 0  # the images that base preservation adds
+    rows: int = 1  # images in a micro-batch, including `held`
+    held: int = 0  # the images that preservation adds, and the rejected ones of pairs
     frozen_rows: Sequence[int] = ()  # images of each prediction without a gradient that a micro-batch makes first
     accumulation: int = 1
     averaged: bool = False  # whether an EMA of the adapter is kept

@@ -129,7 +129,8 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
     config = masked(data.config)
     path = config["model"].get("path")
     weights = "" if path is None else ", local weights" if looks_local(path) else f", weights of {code(path)}"
-    preservation, start = config.get("preservation", {}), config["adapter"].get("init")
+    preservation, target = config.get("preservation", {}), config.get("target", {})
+    start = config["adapter"].get("init")
     is_frozen = config["adapter"].get("init_mode") == "frozen"
     how_started = "trained next to, and used with" if is_frozen else "started from"
     rows = {
@@ -140,6 +141,7 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
         **({how_started: f"another adapter, {code(Path(start).name)}"} if start else {}),
         "optimizer": code(settings(config["optimizer"])),
         **({"average": f"`ema_decay={config['ema_decay']}`"} if config.get("ema_decay") else {}),
+        **({"target": f"{code(settings(target))}, sampled with a guidance scale of 1"} if target.get("scale") else {}),
         **({"preservation": code(settings(preservation))} if preservation.get("weight") else {}),
         "schedule": code(settings(config["schedule"])),
         "seed": config["seed"],

@@ -117,6 +117,8 @@ def loss_charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
             ("Learning rate", "rate", "lr"),
             ("Preservation loss", "preservation loss", "preservation_loss"),
             ("Prior loss", "prior loss", "prior_loss"),
+            ("Preference accuracy", "share of pairs", "preference_accuracy"),
+            ("Preference margin", "margin", "preference_margin"),
         ):
             charts[title] = [Curve(name, runs[0].series(key))]
     return [found for title, curves in charts.items() if (found := plots.chart(title, curves))]

@@ -166,7 +166,9 @@ def prepare_data(config: RunConfig) -> TrainingData:
     all_samples, all_entries = samples, entries
     if prepared.classes is not None:
         all_samples, all_entries = [*samples, *prepared.classes[0]], [*entries, *prepared.classes[1].entries]
-    config.loss.check_masks(any_mask=any(entry.mask_key for entry in all_entries))
+    pairs = sum(entry.rejected_key is not None for entry in all_entries)
+    any_mask = any(entry.mask_key for entry in all_entries)
+    config.loss.check_samples(any_mask=any_mask, rejected=pairs, count=len(all_entries))
     manifest = TrainedData.from_samples(all_samples, all_entries)
     # The key of an embedding also identifies the text encoder, wherever that is, and the dtype, which another device
     # may change: only keys of one dtype are compared.

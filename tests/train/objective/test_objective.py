@@ -1,8 +1,8 @@
-"""Runs with every part of the objective: resumed to the bit."""
+"""Runs with every part of the objective: resumed to the bit, and with the same losses for every split of a batch."""
 
 import pytest
 from PIL import Image
-from train_helpers import CAPTIONS, adapter, draw_picture, lines, same_tensors
+from train_helpers import CAPTIONS, adapter, draw_picture, lines, same_tensors, values
 
 pytest_plugins = ("train_helpers",)
 
@@ -64,3 +64,17 @@ def test_a_run_goes_on_to_the_bit(train, cut_out, settings):
     assert lines(rest) == [line for line in lines(whole) if line["step"] > 2]
     assert len(lines(whole)) == 4
     assert same_tensors(adapter(rest), adapter(whole))
+    card = (whole / "adapter" / "README.md").read_text()
+    assert ("sampled with a guidance scale of 1" in card) == (kind == "klein")
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
+def test_the_split_of_a_batch_changes_no_loss(train, cut_out, settings):
+    kind = "klein" if "target=contrastive" in settings else "dev"
+    per_process = ("adapter.dropout", "preservation.samples", "gradient_accumulation", "batch_size")
+    settings = [f"dataset.path={cut_out}", *(one for one in settings if not one.startswith(per_process))]
+    settings += ["optimizer.lr=1e-3", "steps=3"]
+    whole = train("whole", *settings, "batch_size=4", kind=kind)
+    parts = train("parts", *settings, "batch_size=1", "gradient_accumulation=4", kind=kind)
+    for key in ("loss", "preservation_loss", "grad_norm"):
+        assert values(parts, key) == pytest.approx(values(whole, key), rel=1e-3, abs=1e-7)
