@@ -56,7 +56,8 @@ class MSE:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the base's predictions for the samples are needed."""
+        """Whether the base's predictions for the samples are needed, also for a micro-batch without masks: processes
+        with a sharded base must call the model equally often."""
         return self.unmasked_prior > 0
 
     def check_samples(self, *, any_mask: bool, rejected: int, count: int) -> None:

@@ -1,7 +1,8 @@
 """The loss that a step minimizes: the flow loss at random timesteps plus the terms that preserve the base.
 
-`Objective` bundles the groups `timesteps`, `loss`, `weighting` and `preservation` with the model's guidance and the
-precision of matrix products, so that the training loop needs only one call: the losses of a micro-batch.
+`Objective` bundles the groups `timesteps`, `target`, `loss`, `weighting` and `preservation` with the model's guidance
+and the precision of matrix products, so that the training loop needs only one call: the losses of a micro-batch. All
+predictions of one kind come from one forward: those of the base, without a gradient, and those of the adapter.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Inputs:
     """A micro-batch on the device.
 
     Attributes:
-        text: (B, T, D) embeddings of the captions.
+        noised, text: The noisy samples and the (B, T, D) embeddings of their captions; of pairs, the B chosen samples
+            and then the B rejected ones.
         weights: (B,) weights of the samples or pairs, which do not apply to preservation; None is 1 for all.
         preserved, preserved_weights, empty, guides, scale: As in `MicroBatch`.
         has_caption: (B,) whether a sample has a caption that is not empty; needed with `empty`.
