@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, environment, integer_type, write_result
 
-SCRIPTS = ("run", "plan", "cache", "evaluate", "sweep", "demo", "demo_edit")
+SCRIPTS = ("run", "plan", "cache", "caption", "evaluate", "sweep", "demo", "demo_edit")
 MODULES = ("flux2.generate", "flux2.export", "flux2.doctor", "flux2.serve", "train.hub", "train.tiny_model")
 HELP = [f"train/{name}.py --help" for name in SCRIPTS] + [f"-m {name} --help" for name in MODULES]
 PLAN = "train/plan.py +experiment=tarot"

@@ -30,7 +30,7 @@ COPIED = {  # page of the site: the file of the repository that it shows
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-HYDRA_COMMANDS = ("run", "plan", "cache", "evaluate", "demo", "demo_edit")
+HYDRA_COMMANDS = ("run", "plan", "cache", "caption", "evaluate", "demo", "demo_edit")
 OTHER_COMMANDS = (
     "-m flux2.generate",
     "-m flux2.export",
@@ -63,8 +63,8 @@ def help_text(command: str) -> str:
 def commands_page() -> str:
     parts = [
         "# Commands",
-        "Run every command from the root of the repository. The first six take settings as `key=value` and choices as "
-        "`group=choice`; [Settings](settings.md) lists all of them, and `--help` prints them.",
+        "Run every command from the root of the repository. The first seven take settings as `key=value` and choices "
+        "as `group=choice`; [Settings](settings.md) lists all of them, and `--help` prints them.",
     ]
     for name in HYDRA_COMMANDS:
         parts += [f"## python train/{name}.py", docstring(ROOT / "train" / f"{name}.py")]
@@ -80,7 +80,8 @@ def settings_page() -> str:
         "`group.key=value` for a key of a group, and `group=choice` to choose another file of a group.",
     ]
     conf = ROOT / "conf"
-    for name, title in (("train.yaml", "Training"), ("evaluate.yaml", "Evaluation")):
+    titles = {"train.yaml": "Training", "caption.yaml": "Captions", "evaluate.yaml": "Evaluation"}
+    for name, title in titles.items():
         parts += [f"## {title}: {name}", f"```yaml\n{(conf / name).read_text()}```"]
     for folder in sorted({file.parent for file in conf.rglob("*.yaml")} - {conf}):
         group = folder.relative_to(conf).as_posix()

@@ -61,7 +61,7 @@ ORDER = {
         stages
         loop
         run
-        cache plan evaluate sweep hub tiny_model
+        cache plan caption evaluate sweep hub tiny_model
         demo
         demo_edit
     """,

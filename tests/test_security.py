@@ -44,6 +44,8 @@ KNOWN = {
         "train/evaluation/features.py",
         "AutoModel.from_pretrained",
     ): "no trust_remote_code: only the library's classes",
+    ("flux2/prompts/captioning.py", "AutoProcessor.from_pretrained"): "refused with `auto_map`: the library's classes",
+    ("flux2/prompts/captioning.py", "AutoModelForImageTextToText.from_pretrained"): "the same, without directives",
     ("flux2/models/text_encoder.py", "PreTrainedTokenizerFast.from_pretrained"): "a class of ours to choose",
     ("data/sources/open_table.py", "datasets.load_dataset"): "no trust_remote_code: the library runs no scripts",
     ("data/sources/open_table.py", "datasets.load_from_disk"): "Arrow files and JSON",

@@ -57,6 +57,7 @@ COMPUTING = {
     "-m flux2.doctor": "",
     "-m flux2.serve": "",
     "-m train.tiny_model": "--until text",
+    "train/caption.py": "dataset.path=x",
     "train/evaluate.py": "run=x",
     "train/demo.py": "",
     "train/demo_edit.py": "",

@@ -7,7 +7,9 @@ that only a decoder finds are added to the same list later, by `Source.leave_out
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
@@ -21,6 +23,7 @@ ALPHA = "alpha"
 LOSS_WEIGHTS = (1e-6, 1e6)  # with less a dataset trains nothing, and with more nothing else does
 UNUSED_COLUMNS = "columns of images, which dataset.reference_columns or dataset.mask can name"
 REPLACED = "captions, because dataset.prompt replaces all of them"
+INSTEAD = ", or set dataset.prompt, which is used instead of all captions"
 SHOWN = 20  # names in a message about what is not used
 AT_ONCE = 1000  # samples whose images are looked up together
 log = logging.getLogger(__name__)
@@ -62,6 +65,21 @@ class Bad(NamedTuple):
 
     def __str__(self) -> str:
         return f"{shorten(self.name)} {printable(self.reason)}"
+
+
+class Uncaptioned(NamedTuple):
+    """A sample whose caption is not written yet, and where it belongs."""
+
+    sample: Sample  # without captions
+    file: Path  # a text file that does not exist, or the metadata.jsonl that names the image
+    line: int | None = None  # of the metadata, from 1; None for a text file
+    row: Mapping[str, Any] = {}  # that line as it was read
+    column: str = ""  # of the metadata, for captions
+
+
+# while this is a list, sources that are opened add to it the samples that lack nothing but a caption, which otherwise
+# count as bad
+UNCAPTIONED: ContextVar[list[Uncaptioned] | None] = ContextVar("UNCAPTIONED", default=None)
 
 
 def caption_texts(value: object, allow_empty: bool = False) -> list[str]:
@@ -120,7 +138,7 @@ class Source(Sequence[Sample]):
         self._alpha, self._mask_name = mask == ALPHA, None if mask == ALPHA else mask
         self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._loss_weight = float(loss_weight)
-        self._known = KNOWN_FILES.get()
+        self._known, self._uncaptioned = KNOWN_FILES.get(), UNCAPTIONED.get()
         self._samples: list[Sample] = []
         self._notes: dict[str, list[str]] = {}
 
@@ -156,20 +174,26 @@ class Source(Sequence[Sample]):
         self._check_bad(list(reasons))
 
     @without_collection()
-    def _take(self, found: Iterable[Sample | Bad], hint: str = "") -> None:
+    def _take(self, found: Iterable[Sample | Bad | Uncaptioned], hint: str = "") -> None:
         """Check, prepare and keep the samples found. Raise BadData as `leave_out` does, and, with `hint`, for none."""
         seen = set()
-        for sample in self._recalled(found):
-            if isinstance(sample, Bad):
-                self.bad.append(sample)
+        for one in self._recalled(found):
+            if isinstance(one, Bad):
+                self.bad.append(one)
                 continue
+            sample = one.sample if isinstance(one, Uncaptioned) else one
             same = (sample.name, sample.captions, tuple(picture.name for picture in sample.references))
             if same in seen:
                 self.bad.append(Bad(sample.name, "is a duplicate, with the same caption and references"))
                 continue
             seen.add(same)
             try:
-                self._samples.append(self._prepared(sample))
+                if isinstance(one, Uncaptioned):
+                    self._check_pictures(sample)
+                    assert self._uncaptioned is not None
+                    self._uncaptioned.append(one)
+                else:
+                    self._samples.append(self._prepared(sample))
             except BadPicture as error:
                 what = "" if error.name == sample.name else f"has {error.name}, which "
                 self.bad.append(Bad(sample.name, f"{what}{error.reason}"))
@@ -179,16 +203,22 @@ class Source(Sequence[Sample]):
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             shown = ", ".join(map(shorten, names[:SHOWN]))
             log.warning("%s: %s (%d): %s%s", self.where, kind, len(names), shown, more)
-        if not self._samples and not self.bad:
+        if not self._samples and not self.bad and not self._uncaptioned:
             raise BadData(f"{self.where} has no samples{hint}")
         self._check_bad(self.bad)
 
-    def _recalled(self, found: Iterable[Sample | Bad]) -> Iterator[Sample | Bad]:
+    def _recalled(self, found: Iterable[Sample | Bad | Uncaptioned]) -> Iterator[Sample | Bad | Uncaptioned]:
         """Yield the same, with what earlier starts know of the images."""
         for part in in_parts(found, AT_ONCE):
             if self._known is not None:
                 self._known.recall(picture for one in part if isinstance(one, Sample) for picture in one.pictures)
             yield from part
+
+    def _without_caption(self, sample: Sample, place: str) -> Bad | Uncaptioned:
+        """Return a sample that has no caption file; `place` says where a caption could be."""
+        if self._uncaptioned is None:
+            return Bad(sample.name, f"has no caption: write {place}{INSTEAD}")
+        return Uncaptioned(sample, Path(sample.name).with_suffix(".txt"))
 
     def _note_unused(self, kind: str, *names: str) -> None:
         """Note what a dataset has and does not train; `_take` logs it."""
@@ -205,8 +235,8 @@ class Source(Sequence[Sample]):
         else:
             self._note_unused(REPLACED, *(path for files in texts.values() for path in files))
 
-    def _prepared(self, sample: Sample) -> Sample:
-        """Return the sample with its final captions and mask. Raise ValueError with the bare reason if it is bad."""
+    def _check_pictures(self, sample: Sample) -> None:
+        """Raise ValueError with the bare reason if target and references, by their headers, cannot be trained on."""
         if len(sample.references) > MAX_REFERENCES:
             raise ValueError(f"has {len(sample.references)} references: at most {MAX_REFERENCES} are allowed")
         for picture in (sample.target, *sample.references):
@@ -217,6 +247,10 @@ class Source(Sequence[Sample]):
             self._check_header(picture)
         if copies := [picture.name for picture in sample.references if picture.is_same_file(sample.target)]:
             raise ValueError(f"is its own reference, {copies[0]}, which teaches copying: name another image")
+
+    def _prepared(self, sample: Sample) -> Sample:
+        """Return the sample with its final captions and mask. Raise ValueError with the bare reason if it is bad."""
+        self._check_pictures(sample)
         mask = sample.mask
         if self._alpha:
             mask = sample.target.transparency() if sample.target.header.transparent else None
@@ -245,13 +279,14 @@ class Source(Sequence[Sample]):
     def _check_bad(self, new: Sequence[object]) -> None:
         """Raise BadData if there are too many bad samples or no good ones; log a warning if `new` ones are skipped."""
         listed = "".join(f"\n  {bad}" for bad in self.bad)
-        share = f"{len(self.bad)} of {len(self) + len(self.bad)} samples of {self.where}"
+        count = len(self) + len(self._uncaptioned or ()) + len(self.bad)
+        share = f"{len(self.bad)} of {count} samples of {self.where}"
         if len(self.bad) > self.max_bad:
             raise BadData(
                 f"{share} cannot be used:{listed}\nFix or remove them, or skip them with "
                 f"dataset.max_bad={len(self.bad)} (now {self.max_bad})"
             )
-        if not self._samples:
+        if not self._samples and not self._uncaptioned:
             raise BadData(f"{self.where} has no sample that can be used:{listed}")
         if new:
             log.warning("%s are skipped:%s", share, listed)

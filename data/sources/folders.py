@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import check_flag, check_text, check_texts
-from data.sources.base import REPLACED, UNUSED_COLUMNS, Bad, Sample, Source, caption_texts
+from data.sources.base import REPLACED, UNUSED_COLUMNS, Bad, Sample, Source, Uncaptioned, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, Picture, file_picture, shorten
 from data.sources.listing import (
@@ -41,7 +41,6 @@ TRAINED_PARTNERS = (
 )
 OTHER_FILES = "files that may hold captions: for cat.png cat.txt is read"
 REPEATS = re.compile(r"([2-9]|[1-9]\d{1,2})_.+")  # kohya's name of a folder whose images it repeats: 10_cat
-INSTEAD = ", or set dataset.prompt, which is used instead of all captions"
 
 
 class Folder(Source):
@@ -103,7 +102,7 @@ class Folder(Source):
                 "or remove the setting"
             )
 
-    def _found(self, folder: Path, above: tuple[str, ...]) -> Iterator[Sample | Bad]:
+    def _found(self, folder: Path, above: tuple[str, ...]) -> Iterator[Sample | Bad | Uncaptioned]:
         """Yield the samples of a folder, with `recursive` also those of its subfolders. `above` are real paths."""
         metadata = [folder / name for name in METADATA if (folder / name).exists()]
         if len(metadata) == 2:
@@ -131,7 +130,7 @@ class Folder(Source):
             self._note_unused("folders that cannot be read", str(error))
             return 0
 
-    def _from_sidecars(self, folder: Path, found: Listing) -> Iterator[Sample | Bad]:
+    def _from_sidecars(self, folder: Path, found: Listing) -> Iterator[Sample | Bad | Uncaptioned]:
         masks: dict[str, list[str]] = {}
         if self._mask_folder is not None:
             there = self._mask_folder / folder.relative_to(self.path)
@@ -163,12 +162,13 @@ class Folder(Source):
                         "column references of metadata.jsonl, or a folder (dataset=pairs); masks are dataset.mask. "
                         "Rename it if it is an image of its own",
                     )
-                elif self._prompt is None and not texts:
-                    yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl{INSTEAD}")
                 else:
+                    sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
+                    if self._prompt is None and not texts:
+                        yield self._without_caption(sample, f"{stem}.txt or metadata.jsonl")
+                        continue
                     if not texts and found.partner_of(stem):
                         self._note(TRAINED_PARTNERS, path)
-                    sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
                     yield _with_caption(sample, self._prompt, texts)
         self._note_captions(found.texts, found.lone_texts)
         instead = (
@@ -185,7 +185,7 @@ class Folder(Source):
         lone = (files[0] for stem, files in masks.items() if "/" not in stem and stem not in found.pictures)
         self._note_unused("masks without an image of their name", *lone)
 
-    def _from_metadata(self, file: Path) -> Iterator[Sample | Bad]:
+    def _from_metadata(self, file: Path) -> Iterator[Sample | Bad | Uncaptioned]:
         rows = list(read_jsonl(file) if file.suffix == ".jsonl" else read_csv(file))
         if not rows:
             raise ValueError(f"{file} is empty. Write one line for each image")
@@ -198,6 +198,8 @@ class Folder(Source):
             self._note_unused(REPLACED, *(f"{file} line {number}" for number, row in rows if row.get(self._caption)))
         wanted = (self._image, *(self._references or ()), caption_column, self._mask_name)
         needed = [column for column in wanted if column is not None]
+        if self._uncaptioned is not None and caption_column is not None:
+            needed.remove(caption_column)
         self._folder = file.parent
         for column in needed:
             if not any(column in row for _, row in rows):
@@ -211,6 +213,10 @@ class Folder(Source):
                 target = self._picture(row, self._image)
                 others = [self._inside(name) for column in references for name in _names(row.get(column), column)]
                 mask = self._picture(row, self._mask_name) if self._mask_name and row[self._mask_name] else None
+                is_empty = row.get(self._caption) in (None, "", []) and not (self.allow_empty and self._caption in row)
+                if self._uncaptioned is not None and self._prompt is None and is_empty:
+                    yield Uncaptioned(Sample(target, (), tuple(others)), file, number, row, self._caption)
+                    continue
                 texts = (
                     [self._prompt] if self._prompt is not None else caption_texts(row[self._caption], self.allow_empty)
                 )
@@ -303,7 +309,7 @@ class Pairs(Source):
 
     def _found(
         self, target: Path, sources: Sequence[Path], masks: Path | None, incomplete: bool
-    ) -> Iterator[Sample | Bad]:
+    ) -> Iterator[Sample | Bad | Uncaptioned]:
         found = list_files(target, recursive=True)
         targets, texts = found.pictures, found.texts
         references = [list_files(folder, recursive=True) for folder in sources]
@@ -323,14 +329,14 @@ class Pairs(Source):
                 yield Bad(name, f"has no image of its name in {lacking[0]}{self._hint}")
             elif masks is not None and stem not in masked:
                 yield Bad(name, f"has no mask in {masks}")
-            elif self._prompt is None and stem not in texts:
-                yield Bad(name, f"has no caption: write {stem}.txt next to it{INSTEAD}")
             else:
                 mask = file_picture(masked[stem][0]) if masks is not None else None
                 originals = tuple(file_picture(file) for files in partners for file in files)
-                yield _with_caption(
-                    Sample(file_picture(name), (), originals, mask=mask), self._prompt, texts.get(stem, [])
-                )
+                sample = Sample(file_picture(name), (), originals, mask=mask)
+                if self._prompt is None and stem not in texts:
+                    yield self._without_caption(sample, f"{stem}.txt next to it")
+                else:
+                    yield _with_caption(sample, self._prompt, texts.get(stem, []))
         self._note_captions(found.texts, found.lone_texts)
         texts_of_references = [path for files in references for texts in files.texts.values() for path in texts]
         self._note_unused(f"captions of references: those in {target} count", *texts_of_references)

@@ -86,12 +86,45 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
-def conversation(prompt: str, edit: bool) -> list[dict[str, Any]]:
+def conversation(system: str, prompt: str, has_image: bool) -> list[dict[str, Any]]:
     """Return the system message and the user's turn, which shows the image, if there is one, before the prompt."""
     words = {"type": "text", "text": prompt.replace(IMAGE, "")}
-    system = {"type": "text", "text": EDIT if edit else TEXT_TO_IMAGE}
-    content = [{"type": "image"}, words] if edit else [words]
-    return [{"role": "system", "content": [system]}, {"role": "user", "content": content}]
+    content = [{"type": "image"}, words] if has_image else [words]
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, {"role": "user", "content": content}]
+
+
+@torch.no_grad()
+def sampled_answer(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    *,
+    seed: int,
+    temperature: float,
+    new_tokens: int,
+    ends: list[int],
+    pad: int | None,
+    name: str,
+) -> str:
+    """Return what `model` writes after `inputs` (ids are (1, T)) until a token of `ends`, without control tokens.
+
+    `name` stands for the question in messages. A truncated answer is a warning. Raises ValueError for an empty one.
+    """
+    device = next(model.parameters()).device
+    inputs = {key: tensor.to(device) for key, tensor in inputs.items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps the random state of the caller
+        torch.manual_seed(seed)
+        special = {"eos_token_id": ends, "pad_token_id": pad}
+        limits = {"max_new_tokens": new_tokens, "temperature": temperature, "do_sample": True, "use_cache": True}
+        generated = model.generate(**inputs, **limits, **special)[0, inputs["input_ids"].shape[1] :]
+    if generated.shape[0] == new_tokens and int(generated[-1]) not in ends:
+        log.warning("the answer of the language model was truncated to %d tokens: %.300s", new_tokens, name)
+    answer = str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
+    if not answer:
+        raise ValueError(
+            f"the language model answered with an empty text to {name:.300}. Rephrase it, or set another seed"
+        )
+    return answer
 
 
 class Upsampler:
@@ -101,12 +134,16 @@ class Upsampler:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
 
-    def inputs(self, prompt: str, references: Sequence[Image.Image] = ()) -> dict[str, Tensor]:
+    def inputs(
+        self, prompt: str, references: Sequence[Image.Image] = (), system: str | None = None
+    ) -> dict[str, Tensor]:
         """Return ids and mask, (1, T); with references also their pixels (1, 3, H, W) and `image_sizes` (1, 2).
 
-        Raises ValueError for more than `MOST_TOKENS`.
+        The system message is by default the one that asks for a prompt. Raises ValueError for more than `MOST_TOKENS`.
         """
-        messages = conversation(prompt, bool(references))
+        if system is None:
+            system = EDIT if references else TEXT_TO_IMAGE
+        messages = conversation(system, prompt, bool(references))
         with bounded_template():
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         image_inputs: dict[str, Tensor] = {}
@@ -116,11 +153,11 @@ class Upsampler:
             row = IMAGE * width
             if text.count(IMAGE) != 1:
                 problem = "the tokenizer's chat template has no place for an image"
-                raise WeightsError(f"{problem}. Rewrite prompts without references")
+                raise WeightsError(f"{problem}. Give the tokenizer of FLUX.2-dev, or no images")
             text = text.replace(IMAGE, ROW_END.join([row] * height) + IMAGE_END)
         tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         if (count := tokens["input_ids"].shape[1]) > MOST_TOKENS:
-            raise ValueError(f"{count} tokens are too many to rewrite, the limit is {MOST_TOKENS}: {prompt!r:.80}")
+            raise ValueError(f"{count} tokens are too many, the limit is {MOST_TOKENS}: {prompt!r:.80}")
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **image_inputs}
 
     @property
@@ -138,7 +175,6 @@ class Upsampler:
         dtype = next(self.model.parameters()).dtype
         return {"pixel_values": processed["pixel_values"].to(dtype), "image_sizes": processed["image_sizes"]}
 
-    @torch.no_grad()
     def rewrite(
         self,
         prompt: str,
@@ -149,20 +185,19 @@ class Upsampler:
         new_tokens: int = NEW_TOKENS,
     ) -> str:
         """Return the prompt in more detail. Raises ValueError if the model answers with an empty text."""
-        device = next(self.model.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs(prompt, references).items()}
-        end = self.tokenizer.eos_token_id
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps the random state of the caller
-            torch.manual_seed(seed)
-            special = {"eos_token_id": end, "pad_token_id": self.tokenizer.pad_token_id}
-            limits = {"max_new_tokens": new_tokens, "temperature": temperature, "do_sample": True, "use_cache": True}
-            generated = self.model.generate(**inputs, **limits, **special)[0, inputs["input_ids"].shape[1] :]
-        if generated.shape[0] == new_tokens and generated[-1] != end:
-            log.warning("the rewritten prompt was truncated to %d tokens: %.80r", new_tokens, prompt)
-        answer = str(self.tokenizer.decode(generated, skip_special_tokens=True)).strip()
-        if not answer:
-            raise ValueError(f"the text encoder answered with an empty text to {prompt!r:.80}. Rephrase it")
-        return answer
+        sampling = {"seed": seed, "temperature": temperature, "new_tokens": new_tokens}
+        return self._answer(self.inputs(prompt, references), f"{prompt!r:.80}", **sampling)
+
+    def describe(
+        self, images: Sequence[Image.Image], system: str, request: str, *, seed: int, new_tokens: int, name: str
+    ) -> str:
+        """Return the answer to `request` about images, shown side by side; `name` stands for them in messages."""
+        sampling = {"seed": seed, "temperature": TEMPERATURE, "new_tokens": new_tokens}
+        return self._answer(self.inputs(request, images, system), name, **sampling)
+
+    def _answer(self, inputs: dict[str, Tensor], name: str, **sampling: Any) -> str:
+        special = {"ends": [self.tokenizer.eos_token_id], "pad": self.tokenizer.pad_token_id}
+        return sampled_answer(self.model, self.tokenizer, inputs, name=name, **special, **sampling)
 
 
 def load_upsampler(

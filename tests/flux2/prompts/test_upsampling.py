@@ -6,9 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import helpers
@@ -17,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
 
 import flux2
 from flux2.generate import command as generate
@@ -41,55 +39,21 @@ from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import Precision
 from flux2.weights.sources import ModelSource, WeightsError
 
+pytest_plugins = ("writer_helpers",)
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, as Pixtral's
-CONTROL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-TEMPLATE = helpers.MISTRAL_TEMPLATE.replace(
-    "{{ part['text'] }}", "{% if part['type'] == 'image' %}[IMG]{% else %}{{ part['text'] }}{% endif %}"
-).replace("{% if add_generation_prompt %}{{ eos_token }}{% endif %}", "")
 FILE = "model.safetensors"
 DEV = helpers.VARIANTS["dev"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    made = helpers.make_tokenizer("dev")
-    made.add_special_tokens({"extra_special_tokens": [*helpers.MISTRAL_CONTROL[4:], *CONTROL]})
-    made.chat_template = TEMPLATE
-    return made
+def tokenizer(writer_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return writer_tokenizer
 
 
 @pytest.fixture(scope="module")
-def writer(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneration:
-    """A whole Mistral3 of random weights, with 4 x 4 patches of which 2 x 2 are one token: a token is 8 x 8 pixels."""
-    text = {"model_type": "mistral", "hidden_size": 16, "num_hidden_layers": 4, "rope_theta": 500.0, "head_dim": 8}
-    text |= {"vocab_size": len(tokenizer), "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
-    text |= {"max_position_embeddings": 4096, "tie_word_embeddings": False}
-    vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "head_dim": 8}
-    vision |= {"num_attention_heads": 1, "image_size": 64, "patch_size": 4}
-    image = tokenizer.convert_tokens_to_ids("[IMG]")
-    config = Mistral3Config(
-        text_config=text, vision_config=vision, image_token_index=image, spatial_merge_size=2, tie_word_embeddings=False
-    )
-    model = helpers.randomize(Mistral3ForConditionalGeneration(config), 3)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.4)  # at a temperature of 0.15 words are then likely, not certain
-        model.lm_head.weight[tokenizer.eos_token_id] *= 1.6  # and answers end
-    return model  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="module")
-def source(
-    writer: Mistral3ForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    model_folders: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> ModelSource:
-    folder = tmp_path_factory.mktemp("writer")
-    writer.save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    for part in ("transformer", "vae"):
-        (folder / part).symlink_to(model_folders("dev") / part)
-    return ModelSource(DEV, str(folder))
+def source(writer_source: ModelSource) -> ModelSource:
+    return writer_source
 
 
 def pipeline(source: ModelSource, text: TextSource | None = None) -> Pipeline:

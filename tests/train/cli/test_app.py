@@ -279,6 +279,7 @@ def test_memory_that_does_not_suffice_names_what_needs_less(run_command):
     "words",
     [
         *(["run.py", "stepz=3"], ["cache.py", "stepz=3"], ["plan.py", "stepz=3"], ["evaluate.py", "seedz=[1]"]),
+        ["caption.py", "seedz=1"],
         *(
             ["sweep.py", "/nowhere"],
             ["demo.py", "stepz=3"],
