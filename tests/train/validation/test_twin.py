@@ -43,7 +43,7 @@ def fast(monkeypatch, model_folders, tmp_path):
     return [f"sample.model={variant.name}", f"sample.path={folder}"]
 
 
-@pytest.mark.parametrize("adapter", ["lora", pytest.param("pissa", marks=pytest.mark.slow), "dora"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("pissa", marks=pytest.mark.slow), "dora", "tlora"])
 def test_a_grid_is_what_inference_draws_with_the_other_model_and_this_adapter(train, fast, adapter, monkeypatch):
     models = []
     loaded = Twin.loaded
@@ -72,7 +72,7 @@ def test_the_grid_shows_which_model_drew_it(train, fast):
     assert len(split_grid(first)) == len(split_grid(second)) == 2
 
 
-@pytest.mark.parametrize("adapter", ["lora", "pissa", "dora", "lokr", "loha"])
+@pytest.mark.parametrize("adapter", ["lora", "pissa", "dora", "lokr", "loha", "tlora"])
 def test_the_rows_of_a_grid_are_images_at_the_scales_of_the_adapter_in_inference(train, adapter):
     settings = [*SAMPLES, f"adapter={adapter}", "adapter.rank=4", "sample.scales=[0,0.5,1]", "sample.steps=2"]
     run = train("run", *settings, kind="klein")
