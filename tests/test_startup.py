@@ -126,14 +126,14 @@ def step():
     tensors = [torch.zeros(4 << 20) for _ in range(8)]  # 16 MB each
     del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print([step() for _ in range(5)])
+print(min(step() for _ in range(12)))  # the system may take pages in between, where memory is short
 """
     pages = 8 * (16 << 20) // mmap.PAGESIZE
     unset = dict.fromkeys(flux2.HEAP_VARIABLES)
-    for own, faults in (({}, [0, 0]), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, [pages, pages])):
+    for own, faults in (({}, 0), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, pages)):
         code, out, err = python("-c", steps, **unset | own)
         assert code == 0, err
-        assert json.loads(out)[3:] == pytest.approx(faults, abs=0.1 * pages)
+        assert int(out) == pytest.approx(faults, abs=0.1 * pages)
 
 
 @pytest.mark.parametrize(
