@@ -12,7 +12,7 @@ from train_helpers import ROOT, compose, drawn_and_mixed, execute, lines, refusa
 
 import flux2
 from data.synthetic.probe import read
-from docs.draw_slider import command, draw_images
+from docs.draw_objectives import command, draw_images
 from flux2 import adapters
 from flux2.adapters import AdapterError
 from flux2.adapters.loading import scaled
