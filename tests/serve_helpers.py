@@ -17,6 +17,7 @@ import torch
 import uvicorn
 from torch import Tensor
 
+from flux2.prompts.captioning import CaptionModel
 from flux2.serve.app import Limits, ServedEncoder, application
 from flux2.serve.connections import server_config
 
@@ -46,9 +47,11 @@ class Watched:
 class Running:
     """The service on a free port, in a thread."""
 
-    def __init__(self, encoder: Watched, limits: Limits, token: str | None) -> None:
+    def __init__(
+        self, encoder: Watched, limits: Limits, token: str | None, captioner: CaptionModel | None = None
+    ) -> None:
         served = ServedEncoder(encoder, "tiny", "mistral", (1, 2, 3), 6, 4, lambda length: f"fake {length}")
-        config = server_config(application(served, limits, token), port=0)
+        config = server_config(application(served, limits, token, captioner), port=0)
         self.encoder, self.server = encoder, uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -72,8 +75,8 @@ def running() -> Iterator[Callable[..., Running]]:
     """`running(token=..., body=...)`: a service with these limits, until the test ends."""
     started: list[Running] = []
 
-    def start(token: str | None = None, **limits: int) -> Running:
-        started.append(Running(Watched(), Limits(**limits), token))
+    def start(token: str | None = None, captioner: CaptionModel | None = None, **limits: int) -> Running:
+        started.append(Running(Watched(), Limits(**limits), token, captioner))
         return started[-1]
 
     yield start

@@ -27,12 +27,21 @@ from omegaconf import DictConfig, OmegaConf
 from data.sources.base import UNCAPTIONED, Source, Uncaptioned
 from data.sources.listing import parse_json, read_text
 from flux2.models.text_encoder import check_storage
-from flux2.prompts.captioning import TEMPLATES, CaptionModel, caption_source, load_caption_model
+from flux2.prompts.captioning import (
+    MOST_TOKENS,
+    TEMPLATES,
+    CaptionModel,
+    RemoteCaptionModel,
+    caption_source,
+    is_address,
+    load_caption_model,
+)
+from flux2.prompts.remote_protocol import RemoteError
 from flux2.quantization.precision import DTYPES, pick_dtype
 from flux2.utils.choices import TextStorage
 from flux2.utils.device import pick_device
 from flux2.utils.files import atomic_write
-from flux2.weights.sources import ModelSource, WeightsError
+from flux2.weights.sources import ModelSource
 from train.cli.app import command
 from train.config.instantiate import check_keys, instantiate, parse_settings
 from train.utils.checks import check_count, check_seed
@@ -43,7 +52,6 @@ from train.utils.progress import ItemProgress
 from train.utils.text import many
 
 SOURCES = ("data.sources.Folder", "data.sources.Pairs")
-MOST_TOKENS = 2048  # of an answer
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class CaptionSettings:
         check_storage(self.storage, "caption.storage")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"caption.dtype={self.dtype!r} must be one of {', '.join(DTYPES)}, or null")
+        if is_address(self.model) and (self.storage or self.dtype):
+            key = "storage" if self.storage else "dtype"
+            raise ValueError(f"caption.{key} has no effect with a server, which has its own. Start it with --{key}")
         check_count("caption.new_tokens", self.new_tokens, 1, MOST_TOKENS)
 
     @property
@@ -139,6 +150,8 @@ def write_captions(
                 answer = model.describe(pictures, settings.system, TEMPLATES[settings.template].request, **asked)
                 write_caption(place, " ".join(answer.split()))  # one line, as captions are
             except ValueError as error:
+                if isinstance(error, RemoteError):  # the others would fail likewise
+                    raise
                 failed.append(f"{sample.name} got no caption: {error}")
                 warn(failed[-1])
             progress.update(done, len(places))
@@ -148,12 +161,14 @@ def write_captions(
 def load(settings: CaptionSettings, device: torch.device) -> CaptionModel:
     """Return the model of `caption.model`. Raises ValueError, naming the setting, if it cannot be loaded."""
     try:
+        if is_address(settings.model):
+            return RemoteCaptionModel(settings.model)
         source = caption_source(settings.model)
         if isinstance(source, ModelSource):
             is_offline([source.path])
         return load_caption_model(source, device, pick_dtype(settings.dtype, device), settings.storage)
-    except WeightsError as error:
-        raise WeightsError(f"caption.model={settings.model}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"caption.model={settings.model}: {error}") from error
 
 
 def main(config: DictConfig) -> None:
@@ -168,6 +183,8 @@ def main(config: DictConfig) -> None:
         raise ValueError("one process writes the captions. Start it without a launcher: python train/caption.py")
     settings: CaptionSettings = parse_settings("caption", groups["caption"], CaptionSettings)
     check_seed("seed", values["seed"])
+    if is_address(settings.model) and values["device"] is not None:
+        raise ValueError(f"device={values['device']!r} has no effect with a server, which has its own. Omit it")
     device = pick_device(values["device"])
     source, places = find_uncaptioned(groups["dataset"], settings.template)
     if not places:

@@ -10,7 +10,9 @@ temperature 0.15, and a seeded conversation for each, so that a caption depends 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +22,8 @@ from PIL import Image
 from flux2.models.text_encoder import TextStorage, bounded_template, without_directives
 from flux2.models.variants import VARIANTS
 from flux2.prompts.embeddings import TextSource
+from flux2.prompts.remote_client import PUBLISHED, Client
+from flux2.prompts.remote_protocol import RemoteError
 from flux2.prompts.upsampling import TEMPERATURE, load_upsampler, sampled_answer, side_by_side
 from flux2.utils.files import user_path
 from flux2.utils.json_files import read_json
@@ -28,6 +32,8 @@ from flux2.weights.sources import ModelSource, WeightsError, model_source
 DEV = "dev"  # the name that stands for the published repository of FLUX.2-dev
 NEEDED = "Give dev, a folder with text_encoder/ and tokenizer/ of FLUX.2-dev, or an image-text-to-text model"
 
+MOST_TOKENS = 2048  # of an answer
+REMOTE_SECONDS = 600.0  # until the answer of a server must be complete
 # of a model of transformers; a key in them may name code
 CONFIGURATIONS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -105,6 +111,39 @@ class TransformersModel:
         pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         sampling: dict[str, Any] = {"seed": seed, "temperature": TEMPERATURE, "new_tokens": new_tokens}
         return sampled_answer(self.model, tokenizer, inputs, ends=ends, pad=pad, name=name, **sampling)
+
+
+class RemoteCaptionModel:
+    """The language model of `python -m flux2.serve --model dev --captions` at `url`.
+
+    Raises ValueError for an address that is none. `describe` raises `RemoteError` if the server does not answer, and
+    another ValueError if the model has no answer for these images.
+    """
+
+    def __init__(self, url: str) -> None:
+        if url.rstrip("/") == PUBLISHED:
+            raise ValueError(f"{url} gives only embeddings. Give the address of a `python -m flux2.serve --captions`")
+        self._client = Client(url, VARIANTS[DEV], protocol="flux2", timeout=REMOTE_SECONDS)
+
+    def describe(
+        self, images: Sequence[Image.Image], system: str, request: str, *, seed: int, new_tokens: int, name: str
+    ) -> str:
+        content = BytesIO()
+        side_by_side(images).save(content, "PNG")
+        image = base64.b64encode(content.getvalue()).decode()
+        asked = {"image": image, "system": system, "request": request, "seed": seed, "new_tokens": new_tokens}
+        answer = self._client.ask("/caption", asked)
+        caption = answer.get("caption") if isinstance(answer, dict) else None
+        if caption is None and isinstance(answer, dict) and isinstance(answer.get("error"), str):
+            raise ValueError(f"{name}: {answer['error']}")
+        if not isinstance(caption, str) or not caption.strip():
+            raise RemoteError(f"the answer of {self._client.url} is refused: it is no caption")
+        return caption
+
+
+def is_address(where: str) -> bool:
+    """Return whether a model is at the address of a server."""
+    return where.startswith(("http://", "https://"))
 
 
 def caption_source(where: str) -> ModelSource | Path:

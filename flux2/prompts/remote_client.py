@@ -205,6 +205,14 @@ class Client:
         self.cut += [prompts[index] for index in indices if index < len(prompts)]
         return tensor
 
+    def ask(self, path: str, question: Any) -> Any:
+        """Return the JSON value that our server answers with. Raises as `encode` does."""
+        body, _ = self._request("POST", path, question, TEXT, self.attempts)
+        try:
+            return parse_json(body)
+        except ValueError as error:
+            raise RemoteError(f"the answer of {self.url} is refused: it is not JSON") from error
+
     def close(self) -> None:
         """Stop waiting for further attempts; no request is sent after this."""
         self._closed.set()
@@ -245,7 +253,7 @@ class Client:
                     self._closed.wait(seconds)
         raise Unreachable(
             f"{self.url} gave no answer in {attempts} attempts, the last one: {reason}. Check that the server runs and "
-            "start again: embeddings that were received are cached"
+            "start again: what was received is kept"
         )
 
     def _send(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:

@@ -3,6 +3,7 @@
     GET  /health                 {"status": "ok"}; needs no token
     GET  /identity?length=512    what embeddings depend on, and the model
     POST /encode                 {"prompts": ["...", ...], "length": 512} -> safetensors with `embeddings` (B, L, D)
+    POST /caption                an image -> a caption, with --captions (captions.py)
 
 One thread encodes, one prompt at a time: in a batch the rounding of an embedding depends on its neighbors (on a CPU in
 bfloat16, and in float32 with several threads), and an embedding must not depend on other clients. A prompt is padded to
@@ -20,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -34,13 +35,17 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from flux2.models.text_encoder import TextEncoder
+from flux2.prompts.captioning import CaptionModel
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
+from flux2.serve.captions import CaptionRequest, caption_work
 from flux2.utils.cli import is_out_of_memory
 
 log = logging.getLogger(__name__)
 BODY_SECONDS = 30.0  # time limit for the body of a request
 BUSY = {"Retry-After": "2"}
 Encoded = tuple[Tensor, bool]  # embedding (length, D), and whether the prompt was truncated
+Question = TypeVar("Question", bound=BaseModel)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Limits:
     prompts: int = 32  # of a request
     length: int = 512  # tokens that a prompt may be padded to
     body: int = 1 << 20  # bytes of a request
-    waiting: int = 256  # prompts of all requests; further ones are answered with 503
+    image: int = 4 << 20  # bytes of a request with an image
+    waiting: int = 256  # prompts and images of all requests; further ones are answered with 503
 
 
 @dataclass(frozen=True)
@@ -91,16 +97,33 @@ class Worker:
     def __init__(self, encoder: TextEncoder, batch: int, most: int) -> None:
         self.encoder, self.batch, self.most = encoder, batch, most
         self.waiting: deque[PendingPrompt] = deque()
+        self.images: set[Future[Any]] = set()  # captions that are not complete
         self._thread = ThreadPoolExecutor(1, "encoder")
 
     def stop(self) -> None:
         """End the thread after it has encoded all waiting prompts."""
         self._thread.shutdown()
 
+    @property
+    def count(self) -> int:
+        """Number of prompts and images that wait."""
+        return len(self.waiting) + sum(not image.running() for image in list(self.images))
+
+    def _check_room(self, more: int) -> None:
+        if self.count + more > self.most:
+            raise HTTPException(503, "too many prompts are waiting: try again", BUSY)
+
+    def submit_image(self, work: Callable[[], Any]) -> Future[Any]:
+        """Return a future of the result of `work`. Raises HTTPException if too many prompts wait."""
+        self._check_room(1)
+        result = self._thread.submit(work)
+        self.images.add(result)
+        result.add_done_callback(self.images.discard)
+        return result
+
     def submit(self, prompts: Sequence[str], length: int) -> list[Future[Encoded]]:
         """Return futures of the embeddings. Raises HTTPException if too many prompts wait."""
-        if len(self.waiting) + len(prompts) > self.most:
-            raise HTTPException(503, "too many prompts are waiting: try again", BUSY)
+        self._check_room(len(prompts))
         units = [PendingPrompt(prompt, length) for prompt in prompts]
         self.waiting += units
         for _ in units:
@@ -128,7 +151,9 @@ class Worker:
             unit.result.set_result((embedding, unit.prompt in cut))
 
 
-def application(served: ServedEncoder, limits: Limits, token: str | None) -> FastAPI:
+def application(
+    served: ServedEncoder, limits: Limits, token: str | None, captioner: CaptionModel | None = None
+) -> FastAPI:
     """Return the service. With `token` every request except /health must carry it."""
     worker = Worker(served.encoder, limits.batch, limits.waiting)
 
@@ -163,7 +188,7 @@ def application(served: ServedEncoder, limits: Limits, token: str | None) -> Fas
 
     @app.get("/health")
     async def health() -> dict[str, str | int]:
-        return {"status": "ok", "waiting": len(worker.waiting)}
+        return {"status": "ok", "waiting": worker.count}
 
     @app.get("/identity", dependencies=[Depends(authorize)])
     def get_identity(length: int | None = None) -> dict[str, object]:
@@ -173,13 +198,7 @@ def application(served: ServedEncoder, limits: Limits, token: str | None) -> Fas
 
     @app.post("/encode", dependencies=[Depends(authorize)])
     async def encode(request: Request) -> Response:
-        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "the body must be application/json")
-        body = await read_body(request, limits.body)
-        try:
-            question = EncodeRequest.model_validate_json(body)
-        except ValidationError as error:
-            raise HTTPException(422, first_problem(error.errors())) from error
+        question = await read_question(request, limits.body, EncodeRequest)
         length = checked_length(question.length)
         if len(question.prompts) > limits.prompts:
             raise HTTPException(422, f"{len(question.prompts)} prompts are more than {limits.prompts} per request")
@@ -192,6 +211,21 @@ def application(served: ServedEncoder, limits: Limits, token: str | None) -> Fas
         headers = {IDENTITY_HEADER: identity(length), CUT_HEADER: cut}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
+    @app.post("/caption", dependencies=[Depends(authorize)])
+    async def caption(request: Request) -> JSONResponse:
+        if captioner is None:
+            raise HTTPException(404, "no captions are served here: start the server with --captions")
+        question = await read_question(request, limits.image, CaptionRequest)
+        longest = max(len(question.system), len(question.request))
+        if longest > limits.characters:
+            raise HTTPException(422, f"a text has {longest} characters, more than {limits.characters}")
+        try:
+            work = await run_in_threadpool(caption_work, captioner, question)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
+        (answer,) = await wait_for_results(request, [worker.submit_image(work)])
+        return JSONResponse(answer)
+
     return app
 
 
@@ -203,6 +237,17 @@ def first_problem(errors: Sequence[Any]) -> str:
     """Return the first of pydantic's errors as text, without the input."""
     place = ".".join(str(part) for part in errors[0]["loc"] if part not in ("body", "query"))
     return f"{place}: {errors[0]['msg']}" if place else str(errors[0]["msg"])
+
+
+async def read_question(request: Request, limit: int, kind: type[Question]) -> Question:
+    """Return a request's JSON body of up to `limit` bytes as an object of `kind`."""
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "the body must be application/json")
+    body = await read_body(request, limit)
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise HTTPException(422, first_problem(error.errors())) from error
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -225,7 +270,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def wait_for_results(request: Request, results: Sequence[Future[Encoded]]) -> list[Encoded]:
+async def wait_for_results(request: Request, results: Sequence[Future[Result]]) -> list[Result]:
     """Return the results when all are complete. If the client disconnects first, prompts that wait are canceled."""
     work = asyncio.gather(*map(asyncio.wrap_future, results))
     gone = asyncio.ensure_future(wait_for_disconnect(request))

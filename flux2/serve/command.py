@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 
+from flux2.prompts.captioning import DEV, load_caption_model
 from flux2.prompts.remote_client import TOKEN, is_loopback
 from flux2.quantization.precision import pick_dtype
 from flux2.serve.arguments import arguments
@@ -17,7 +18,7 @@ from flux2.weights.loading import embedding_identity, load_text_encoder, text_en
 from flux2.weights.sources import model_source
 
 SHORTEST_TOKEN = 16
-LIMITED = ("prompts", "characters", "length", "body", "waiting")  # --max-prompts etc.
+LIMITED = ("prompts", "characters", "length", "body", "image", "waiting")  # --max-prompts etc.
 
 
 def server_token(host: str) -> str | None:
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
     dtype = pick_dtype(options.precision, device)
     source = model_source(options.model, text_encoder=options.path)
     text = source.variant.text
+    if options.captions and source.variant.name != DEV:
+        raise ValueError(f"--captions needs a language model that sees, and {options.model} has none. Give --model dev")
     files = text_encoder_fingerprint(source)
     with bind_socket(options.host, options.port) as listening:
         served = ServedEncoder(
@@ -75,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
             length=min(text.length, limits.length),
             identity=lambda length: embedding_identity(text, files, length, dtype, options.storage),
         )
-        config = server_config(application(served, limits, token))
+        captioner = load_caption_model(source, device, dtype, options.storage) if options.captions else None
+        config = server_config(application(served, limits, token, captioner))
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         access = "with" if token else "without"

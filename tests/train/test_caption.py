@@ -13,6 +13,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from message_helpers import holds
 from PIL import Image
+from remote_helpers import SECRET
 from train_helpers import CONF, draw_picture, values
 
 from data.sources import Folder, Pairs
@@ -21,10 +22,11 @@ from data.synthetic.drawings import Drawing, all_drawings, draw
 from data.synthetic.recognize import recognize
 from flux2.prompts import captioning
 from flux2.prompts.captioning import TEMPLATES
+from flux2.prompts.remote_client import TOKEN
 from train import caption
 from train.caption import main
 
-pytest_plugins = ("train_helpers", "writer_helpers")
+pytest_plugins = ("train_helpers", "writer_helpers", "serve_helpers")
 
 
 class Recognizer:
@@ -230,6 +232,25 @@ def test_an_answer_becomes_one_line(run, recognizer, tmp_path, monkeypatch) -> N
     monkeypatch.setattr(recognizer, "describe", lambda *_, **__: " a cup,\n\n  on a table\t")
     assert run(f"dataset.path={tmp_path}", "dataset.captions.split_lines=true")[0] == 0
     assert contents(tmp_path) == {"0": "a cup, on a table\n"}
+
+
+def test_a_server_captions_and_one_that_refuses_ends_the_command(
+    running, run_command, recognizer, tmp_path, monkeypatch
+) -> None:
+    shown = drawings(tmp_path, 3)
+    monkeypatch.delenv(TOKEN, raising=False)
+    words = [f"dataset.path={tmp_path}", f"caption.model={running(token=SECRET, captioner=recognizer).url}"]
+    assert holds(run_command.refused(*words, task=main, name="caption"), f"token is required ... {TOKEN}")
+    assert contents(tmp_path) == {}
+    monkeypatch.setenv(TOKEN, SECRET)
+    for word, said in (
+        ("device=cpu", "device=cpu ... no effect with a server"),
+        ("caption.storage=nf4", "caption.storage ... no effect with a server ... --storage"),
+        ("caption.dtype=bf16", "caption.dtype ... no effect with a server"),
+    ):
+        assert holds(run_command.refused(*words, word, task=main, name="caption"), said)
+    assert run_command(*words, task=main, name="caption")[0] == 0
+    assert contents(tmp_path) == {name: f"{plain_caption(one)}\n" for name, one in shown.items()}
 
 
 # ------------------------------------------------------------------ what goes wrong
