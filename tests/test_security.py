@@ -40,10 +40,8 @@ KNOWN = {
     ("flux2/doctor/selftest.py", "importlib.import_module"): "constant names",
     ("flux2/doctor/selftest.py", "diffusers.AutoencoderKLFlux2.from_pretrained"): "the embedded model",
     ("flux2/doctor/selftest.py", "diffusers.Flux2Transformer2DModel.from_pretrained"): "the embedded model",
-    (
-        "train/evaluation/features.py",
-        "AutoModel.from_pretrained",
-    ): "no trust_remote_code: only the library's classes",
+    ("train/evaluation/features.py", "AutoModel.from_pretrained"): "no trust_remote_code: the library's classes",
+    ("train/evaluation/features.py", "AutoTokenizer.from_pretrained"): "likewise",
     ("flux2/prompts/captioning.py", "AutoProcessor.from_pretrained"): "refused with `auto_map`: the library's classes",
     ("flux2/prompts/captioning.py", "AutoModelForImageTextToText.from_pretrained"): "the same, without directives",
     ("flux2/models/text_encoder.py", "PreTrainedTokenizerFast.from_pretrained"): "a class of ours to choose",

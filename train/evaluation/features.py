@@ -92,7 +92,7 @@ class Vision:
         self.name = f"{path} at {side} x {side} px"
 
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
-        model = self.opened("AutoModel").to(device).eval().requires_grad_(False)
+        model = self.open_model(device)
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (self.mean, self.std))
 
         @torch.no_grad()
@@ -108,13 +108,12 @@ class Vision:
         """(1, 3, side, side) -> (D,), not yet of length 1."""
         return getattr(model, "vision_model", model)(pixel_values=pixels).last_hidden_state[0, 0]
 
-    def opened(self, kind: str) -> Any:
-        """Return what a class of transformers opens at `path`."""
-        import transformers
+    def open_model(self, device: torch.device) -> Any:
+        from transformers import AutoModel
 
         with self.named_errors("cannot be loaded"):
-            options: dict[str, Any] = {"dtype": torch.float32} if kind == "AutoModel" else {}
-            return getattr(transformers, kind).from_pretrained(self.path, **options)
+            model: Any = AutoModel.from_pretrained(self.path, dtype=torch.float32)
+        return model.to(device).eval().requires_grad_(False)
 
     @contextmanager
     def named_errors(self, what: str) -> Iterator[None]:
@@ -140,7 +139,11 @@ class Clip(Vision):
 
     def load_text(self, device: torch.device) -> Callable[[str], Tensor]:
         """Return a function from a prompt, cut at the model's number of tokens, to its vector (D,)."""
-        model, tokenizer = self.opened("AutoModel").to(device).eval(), self.opened("AutoTokenizer")
+        from transformers import AutoTokenizer
+
+        model = self.open_model(device)
+        with self.named_errors("has no tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
         longest = getattr(model.config, "text_config", model.config).max_position_embeddings
 
         @torch.no_grad()
