@@ -32,13 +32,13 @@ if os.environ.get("GLOO"):
 
     torch.distributed.init_process_group = over_gloo
 
-    # whether another process was asked to stop is read from the device, where numbers are noise
+    # what another process was asked for is read from the device, where numbers are noise
     sys.path.insert(0, os.getcwd())
     import flux2  # noqa: F401
     from train.optim import update_guard
 
     received = update_guard.Reading
-    update_guard.Reading = lambda step, loss, norm, stop_signal=None: received(step, loss, norm, None)
+    update_guard.Reading = lambda step, loss, norm, *asked: received(step, loss, norm)
 sys.argv = sys.argv[1:]
 if sys.argv[0] == "-m":
     sys.argv = sys.argv[1:]
