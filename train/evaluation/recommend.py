@@ -245,6 +245,8 @@ def recommend(folder: Path) -> Recommendation:
         return no_checkpoint(f"no validation loss is finite. {nonfinite_cause(folder)}")
     if not measured and unfit:
         return no_checkpoint(f"{unfit}. {LOWER}")
+    if str(config.get("target", {}).get("_target_")).endswith(".Slider"):
+        return no_checkpoint("a slider does not learn the images, so it has no validation loss; compare sample grids")
     if not measured:
         key = "validation.samples=8" if config.get("validate_every") else "validate_every=50"
         return no_checkpoint(f"nothing was validated. Set {key}; {HELD_OUT}")
