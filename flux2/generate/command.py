@@ -209,7 +209,8 @@ def read_images(requests: Sequence[Request]) -> dict[Path | None, Image.Image]:
     for request in requests:
         for path in request.inputs:
             if path not in pictures:
-                pictures[path] = read_image(path, f"--{'mask' if path == request.mask else 'image'} {path}")
+                kind, background = ("mask", "black") if path == request.mask else ("image", "white")
+                pictures[path] = read_image(path, f"--{kind} {path}", background)
         inpainting_of(request, pictures)
     return pictures
 

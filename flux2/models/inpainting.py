@@ -69,7 +69,7 @@ class Inpainting:
         if mask is not None:
             if not isinstance(mask, Image.Image):
                 raise TypeError(f"mask={mask!r} of type {type(mask).__name__} must be an image: open it with PIL.Image")
-            mask = as_rgb(mask).convert("L")
+            mask = as_rgb(mask, "a mask", "black").convert("L")  # transparent is not painted
             if mask.size != image.size:
                 raise ValueError(
                     f"the mask has {mask.width} x {mask.height} pixels and its image {image.width} x {image.height}: "
@@ -78,7 +78,10 @@ class Inpainting:
             if mask.getextrema()[1] < 128:  # type: ignore[operator]
                 raise ValueError("the mask is black everywhere, so nothing is repainted: draw in white what is")
             if mask_crop is not None:
-                box = crop_region(mask, mask_crop, size)
+                left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+                # what a small region lacks on both sides: its shape is rounded to pixels, none larger than a token
+                short = -(-min(size) // PIXELS_PER_TOKEN) - min(right - left, bottom - top)
+                box = crop_region(mask, max(mask_crop, -(-short // 2)), size)
         check_shape(box, size)
         return cls(image, mask, STRENGTH if strength is None else strength, box, size)
 

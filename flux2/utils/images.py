@@ -33,8 +33,8 @@ def open_image(path: Path) -> Image.Image:
     return Image.open(path, formats=FORMATS)
 
 
-def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
-    """Return 8-bit sRGB: EXIF rotation and stated colors applied, transparency over white, 16-bit gray scaled.
+def as_rgb(image: Image.Image, name: str = "an image", background: str = "white") -> Image.Image:
+    """Return 8-bit sRGB: EXIF rotation and stated colors applied, transparency over `background`, 16-bit gray scaled.
 
     Give the image as `Image.open` returned it: what Pillow does not read of its colors is in the file, which loading
     the pixels closes. Warnings contain `name`. Raise ValueError for HDR, for an image that is transparent everywhere,
@@ -72,9 +72,9 @@ def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
         image = image.convert("LA" if is_gray else "RGBA")
         colors, alpha = _in_srgb(image.convert("L" if is_gray else "RGB"), stated.profile, name), image.getchannel("A")
         if alpha.getextrema() == (0, 0):
-            raise ValueError("it is transparent everywhere, so only white would be left of it")
+            raise ValueError(f"it is transparent everywhere, so only {background} would be left of it")
         colors.putalpha(alpha)
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colors).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), colors).convert("RGB")
     if image.mode == "LAB":
         return image.convert("RGB")
     colors = image if image.mode == "CMYK" else image.convert("L" if is_gray else "RGB")
@@ -118,7 +118,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if np.abs(difference).max() > 1 else None  # rounding differs by one
 
 
-def read_image(path: Path, what: str) -> Image.Image:
+def read_image(path: Path, what: str, background: str = "white") -> Image.Image:
     """Return the image in a file as `as_rgb` converts it. Raise ValueError, starting with `what`: `--image x`."""
     if not path.exists():
         raise ValueError(f"{what} does not exist")
@@ -126,7 +126,7 @@ def read_image(path: Path, what: str) -> Image.Image:
         raise ValueError(f"{what} is not a file")
     try:
         with open_image(path) as image:
-            return as_rgb(image, str(path))
+            return as_rgb(image, str(path), background)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
         raise ValueError(f"{what} cannot be read as an image ({describe_decoding_error(error)})") from error
 

@@ -208,3 +208,25 @@ def test_what_cannot_be_repainted_is_refused_before_anything_is_loaded(
         pipe.generate("a cup", **options)
     assert pipe.prompts.encoder is None
     assert "transformer" not in vars(pipe)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_what_is_transparent_in_a_mask_is_not_repainted(mode: str) -> None:
+    painted = mask((64, 48), (8, 8, 31, 31))
+    layer = Image.new(mode, (64, 48))
+    layer.paste(Image.new(mode, (64, 48), "white"), mask=painted)
+    found = Inpainting.from_arguments([IMAGE], layer)
+    assert found is not None
+    assert found.mask is not None
+    assert found.mask.tobytes() == painted.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1360, 768), (1920, 1080), (144, 96)])
+def test_a_region_of_any_size_can_be_computed(size: tuple[int, int]) -> None:
+    for width in (1, 7, 22, 40):
+        where = mask(size, (60, 40, 59 + width, 40 + width // 2))
+        found = Inpainting.from_arguments([picture(*size)], where, mask_crop=0)
+        assert found is not None
+        left, top, right, bottom = found.box
+        assert left <= 60 <= 59 + width < right
+        assert min(right - left, bottom - top) >= min(found.size) / 16

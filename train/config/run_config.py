@@ -42,7 +42,7 @@ from train.encoding.text_encoders import PromptEncoder
 from train.objective.loss import DPO, MSE
 from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import PriorPreservation
-from train.objective.target import Flow
+from train.objective.target import Flow, Slider
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
 from train.optim.parameter_groups import RateSettings
@@ -59,6 +59,10 @@ GROUPS = (
     "target", "loss", "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
 # fmt: on
+FROZEN_BASE = (
+    "adapter.init_mode=frozen with {}: predictions are compared with those of the base, which has neither adapter, so "
+    "the new one would undo the frozen one. Merge that into the base (flux2.export), or use adapter.init_mode=continue"
+)
 # settings of groups with a `_target_` that are not its arguments: all choices of the group have them
 OWN: dict[str, type] = {"adapter": AdapterSettings, "optimizer": RateSettings}
 
@@ -136,10 +140,21 @@ class RunConfig:
         self.weighting = self.instantiate("weighting")
         self._preservation: Preservation | BlankPreservation | PriorPreservation = self.instantiate("preservation")
         if isinstance(self.loss, DPO) and (self.prior is not None or type(self.target) is not Flow):
-            other = "target=contrastive" if self.prior is None else "preservation=prior"
+            target = "slider" if isinstance(self.target, Slider) else "contrastive"
+            other = f"target={target}" if self.prior is None else "preservation=prior"
             raise ValueError(
                 f"loss=dpo with {other}: a preference is trained on pairs alone. Set loss=mse, or leave {other} out"
             )
+        if self.adapter.is_frozen and isinstance(self.loss, DPO):
+            raise ValueError(FROZEN_BASE.format("loss=dpo"))
+        if isinstance(self.target, Slider):
+            if self.adapter.is_frozen:
+                raise ValueError(FROZEN_BASE.format("target=slider"))
+            if self.settings.validate_every:
+                raise ValueError(
+                    f"validate_every={self.settings.validate_every} with target=slider: the validation loss is that of "
+                    "the images, which a slider does not learn. Set validate_every=0, and compare sample grids"
+                )
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
 

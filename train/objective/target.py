@@ -27,6 +27,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from data.sources.captions import PLACEHOLDER
 from flux2.models.variants import Variant
 from flux2.utils.checks import MAX_GUIDANCE
 from train.utils.checks import is_number
@@ -146,6 +147,11 @@ class Slider(Flow):
         for key in ("positive", "negative", "neutral"):
             if not isinstance(value := getattr(self, key), str):
                 raise ValueError(f"target.{key}={value!r} must be a prompt, in which {CAPTION} is the sample's caption")
+            if others := PLACEHOLDER.findall(value.replace(CAPTION, "")):
+                raise ValueError(
+                    f"target.{key}={value!r} has {', '.join(others)}, and the only placeholder is {CAPTION}. Write the "
+                    "text itself"
+                )
         if self.positive.strip() == self.negative.strip():
             raise ValueError(
                 f"target.positive={self.positive!r} and target.negative are the same, so there is no direction between "

@@ -31,7 +31,7 @@ from train.utils.text import many
 from train.validation.loss import FixedNoiseLoss, chosen_samples
 
 # a sweep job reuses the data of the previous job if these settings are equal
-DATA_GROUPS = ("model", "dataset", "text_encoder", "buckets", "sample", "preservation")
+DATA_GROUPS = ("model", "dataset", "text_encoder", "buckets", "sample", "preservation", "target")
 DATA_KEYS = ("cache_dir", "embedding_storage", "reference_resolution", "device")
 
 

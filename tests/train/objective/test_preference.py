@@ -208,6 +208,8 @@ def test_the_dataset_and_the_loss_need_each_other(train, votes):
         ("loss.beta=0", "loss.beta=0 must be a number from 0.001 to 1e+09"),
         ("loss.unmasked_prior=1", "loss.unmasked_prior=1 has no effect with loss=dpo"),
         ("model=klein_base_4b target=contrastive", "loss=dpo with target=contrastive"),
+        ("target=slider target.positive=a target.negative=b", "loss=dpo with target=slider"),
+        ("adapter.init=/x adapter.init_mode=frozen", "adapter.init_mode=frozen with loss=dpo"),
         ("preservation=prior preservation.prompts=[a]", "loss=dpo with preservation=prior"),
     ],
 )

@@ -110,6 +110,9 @@ def test_its_predictions_are_counted(small):
     ("settings", "said"),
     [
         (["target.positive=cup", "target.negative=' cup'"], "target.positive='cup' and target.negative are the same"),
+        (["target.positive='a {captions}'", "target.negative=cup"], "target.positive='a {captions}' has {captions}"),
+        ([*ENDS, "validate_every=1"], "validate_every=1 with target=slider"),
+        ([*ENDS, "adapter.init=/x", "adapter.init_mode=frozen"], "adapter.init_mode=frozen with target=slider"),
         (["target.positive=3", "target.negative=cup"], "target.positive=3 must be a prompt"),
         ([*ENDS, "target.guidance=0"], "target.guidance=0 must be a number from 0.01 to 100"),
         (
