@@ -194,3 +194,12 @@ def test_the_free_memory_counts_what_the_job_before_left(model_folders, small):
     finally:
         SHARED.free()
     assert SHARED.held(torch.device("cpu")) == 0
+
+
+def test_jobs_of_a_slider_with_other_prompts_encode_them(grid, train, tmp_path):
+    settings = ["target=slider", "target.negative=a small cup"]
+    code, out, err = grid("target.positive=a large cup,a red cup", *settings)
+    assert code == 0, err
+    assert "data of the previous job" not in out
+    alone = train("alone", *settings, "target.positive=a red cup")
+    assert same_tensors(adapter(tmp_path / "sweep" / "1"), adapter(alone))
