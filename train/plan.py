@@ -131,8 +131,9 @@ def times_seen(run: RunConfig) -> str:
     except ValueError as error:
         return f"The images cannot be counted: {error}"
     steps, drawn = run.settings.steps, run.settings.batch_size * run.settings.gradient_accumulation
-    seen = steps * drawn * (run.planned_processes or run.accelerator.num_processes) / len(samples)
-    text = f"{many(len(samples), 'sample')}, {many(steps, 'step')}: each is trained {seen:.3g} times on average."
+    count = max(len(samples) - run.validation.held_out, 1)
+    seen = steps * drawn * (run.planned_processes or run.accelerator.num_processes) / count
+    text = f"{many(count, 'sample')}, {many(steps, 'step')}: each is trained {seen:.3g} times on average."
     if seen < FEW_TIMES:
         return f"{text} That is little: others report 30 times for a style and 100 for a character (conf/experiment)."
     if seen > MANY_TIMES:

@@ -110,6 +110,7 @@ def test_bad_input_is_one_message(arguments, said):
         ),
         (["steps=300"], "24 samples, 300 steps: each is trained 50 times on average.", "That is"),
         (["steps=2000"], "each is trained 333 times on average. That is much", "little"),
+        (["steps=300", "validation.held_out=4"], "20 samples, 300 steps: each is trained 60 times", "That is"),
         (["steps=100", "gradient_accumulation=3"], "each is trained 50 times", "That is"),
         (["dataset=huggingface", "dataset.path=someone/cards"], "24 GB", "is trained"),
         (["dataset=folder", "dataset.path=tests"], "The images cannot be counted: ... tests", "is trained"),
