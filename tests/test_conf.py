@@ -43,7 +43,7 @@ NEEDS = {
     ("dataset", "preference"): ["dataset.path=/pictures"],
     ("dataset", "webdataset"): ["dataset.path=/shards"],
     ("target", "contrastive"): ["model=klein_base_4b", "device=cpu"],
-    ("target", "slider"): ["target.positive=old", "target.negative=young"],
+    ("target", "slider"): ["target.positive=old", "target.negative=young", "validate_every=0"],
     ("preservation", "base"): ["preservation.prompts=[a cup]"],
     ("preservation", "class"): ["preservation.trigger=trtcrd"],
     ("preservation", "prior"): ["preservation.prompts=[a cup]"],

@@ -134,15 +134,15 @@ def test_no_program_is_started_whatever_a_file_is_called(tmp_path: Path, monkeyp
                 read_file(file)
 
 
-def test_pillow_is_called_in_two_places_and_with_formats() -> None:
-    """Everything that opens a picture goes through `open_image` of data.sources.pixels or flux2.utils.images."""
+def test_pillow_is_called_in_three_places_and_with_formats() -> None:
+    """What opens a file goes through `open_image` of data.sources.pixels or flux2.utils.images; a server reads PNG."""
     calls = []
     for top in ("data", "flux2", "train"):
         for file in (ROOT / top).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
                     calls.append((str(file.relative_to(ROOT)), {keyword.arg for keyword in node.keywords}))
-    assert {name for name, _ in calls} == {"data/sources/pixels.py", "flux2/utils/images.py"}
+    assert {name for name, _ in calls} == {"data/sources/pixels.py", "flux2/serve/captions.py", "flux2/utils/images.py"}
     assert all("formats" in keywords for _, keywords in calls)
 
 
