@@ -185,6 +185,7 @@ class Sampler:
             if is_out_of_memory(error) or isinstance(error, ProcessesDiverged):
                 raise
             if write:
-                warn_unsaved(f"no grid {file.name} ({type(error).__name__}: {error}); training continues")
+                step = int(file.stem.rpartition("_")[2])  # of step_000250.png
+                warn_unsaved(f"no grid of step {step} ({type(error).__name__}: {error}); training continues")
             return False
         return True

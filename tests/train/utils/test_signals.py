@@ -148,7 +148,7 @@ def test_a_grid_that_fails_is_a_warning(train, monkeypatch, capfd):
     assert (train("run", *settings) / "adapter").exists()
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 3
-    assert holds(said[1], "step_000002.png ... OSError: disk full")
+    assert holds(said[1], "step 2 ... OSError: disk full")
 
 
 def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
