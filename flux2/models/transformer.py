@@ -189,8 +189,8 @@ class DoubleBlock(nn.Module):
 
         # joint attention over text and image
         fused = all(part.norm.fuses(image, *part.norm.weights) for part in (self.img_attn, self.txt_attn))
-        modulated = in_parts(self.norm, references, [image], [shift1, scale1])
-        image_qkv = self.img_attn.project(modulated, fused)
+        # what is modulated, here and below, is in no variable: there it would stay until the block ends
+        image_qkv = self.img_attn.project(in_parts(self.norm, references, [image], [shift1, scale1]), fused)
         text_qkv = self.txt_attn.project(self.norm(text, text_shift1, text_scale1), fused)
         if fused:
             q, k, v = project_heads(self.txt_attn.norm.eps, *rope[:2], [text_qkv, image_qkv])  # (B, H, L, head_dim)
@@ -201,8 +201,12 @@ class DoubleBlock(nn.Module):
 
         # x += gate1 * proj(attended);  x += gate2 * mlp(m2(x))
         image = in_parts(add_gated, references, [image, self.img_attn.proj(image_attended)], [gate1])
-        modulated = in_parts(self.norm, references, [image], [shift2, scale2])
-        image = in_parts(add_gated, references, [image, self.img_mlp(modulated)], [gate2])
+        image = in_parts(
+            add_gated,
+            references,
+            [image, self.img_mlp(in_parts(self.norm, references, [image], [shift2, scale2]))],
+            [gate2],
+        )
         text = torch.addcmul(text, text_gate1, self.txt_attn.proj(text_attended))
         text = torch.addcmul(text, text_gate2, self.txt_mlp(self.norm(text, text_shift2, text_scale2)))
         return image, text
