@@ -201,12 +201,9 @@ class DoubleBlock(nn.Module):
 
         # x += gate1 * proj(attended);  x += gate2 * mlp(m2(x))
         image = in_parts(add_gated, references, [image, self.img_attn.proj(image_attended)], [gate1])
-        image = in_parts(
-            add_gated,
-            references,
-            [image, self.img_mlp(in_parts(self.norm, references, [image], [shift2, scale2]))],
-            [gate2],
-        )
+        fed_forward = self.img_mlp(in_parts(self.norm, references, [image], [shift2, scale2]))
+        image = in_parts(add_gated, references, [image, fed_forward], [gate2])
+        del fed_forward
         text = torch.addcmul(text, text_gate1, self.txt_attn.proj(text_attended))
         text = torch.addcmul(text, text_gate2, self.txt_mlp(self.norm(text, text_shift2, text_scale2)))
         return image, text
