@@ -43,6 +43,7 @@ from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
 from train.planner.from_config import (
     faster,
+    fastest_batch,
     free_bytes,
     free_host_memory,
     headroom_text,
@@ -133,7 +134,8 @@ def times_seen(run: RunConfig) -> str:
     steps, drawn = run.settings.steps, run.settings.batch_size * run.settings.gradient_accumulation
     count = max(len(samples) - run.validation.held_out, 1)
     seen = steps * drawn * (run.planned_processes or run.accelerator.num_processes) / count
-    text = f"{many(count, 'sample')}, {many(steps, 'step')}: each is trained {seen:.3g} times on average."
+    least = "at least " if run.settings.batch_by == "tokens" else ""  # smaller buckets have larger batches
+    text = f"{many(count, 'sample')}, {many(steps, 'step')}: each is trained {least}{seen:.3g} times on average."
     if seen < FEW_TIMES:
         return f"{text} That is little: others report 30 times for a style and 100 for a character (conf/experiment)."
     if seen > MANY_TIMES:
@@ -221,6 +223,12 @@ def main(config: DictConfig) -> None:
         card = round(torch.cuda.get_device_properties(place).total_memory / GIB, 1)
     elif card is None and is_chosen and not on_gpu:
         card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
+    chosen_batch = ""
+    if run.chooses_batch:
+        if card is None or not on_gpu:
+            raise ValueError("batch_size=auto is chosen for a GPU. Name its size, as with +card=24, or set a number")
+        size, chosen_batch = fastest_batch(run, memory, card, name, num_gpus=cards)
+        run = run.with_batch_size(size)
     plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8, num_gpus=cards)))
 
     def planners(on: Gpu) -> Planner:
@@ -259,7 +267,7 @@ def main(config: DictConfig) -> None:
             f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
         )
     console.print(f"{'A' if fits else 'If it did fit, a'} step of {describe(planner, now, on, name)}")
-    for hint in (faster(run, now, on) if on_gpu else "", times_seen(run)):
+    for hint in (faster(run, now, on) if on_gpu else "", chosen_batch, times_seen(run)):
         console.print(hint, soft_wrap=True, end="\n" if hint else "")
     if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):
         console.print(
