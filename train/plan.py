@@ -143,6 +143,18 @@ def times_seen(run: RunConfig) -> str:
     return text
 
 
+def choose_batch_size(
+    run: RunConfig, memory: Mapping[str, Any], card: float | None, name: str | None, cards: int | None
+) -> tuple[RunConfig, str]:
+    """Return the run with batch_size=auto chosen for a GPU, and what is predicted; otherwise as it is, and nothing."""
+    if not run.chooses_batch:
+        return run, ""
+    if card is None:
+        raise ValueError("batch_size=auto is chosen for a GPU. Name its size, as with +card=24, or set a number")
+    size, why = fastest_batch(run, memory, card, name, num_gpus=cards)
+    return run.with_batch_size(size), why
+
+
 def planned_memory(prediction: Prediction, on_gpu: bool, name: str | None, card: float) -> str:
     """Return what a plan is for: a GPU by its name or its memory in GB, several of them, or free host memory."""
     if not on_gpu:
@@ -223,12 +235,7 @@ def main(config: DictConfig) -> None:
         card = round(torch.cuda.get_device_properties(place).total_memory / GIB, 1)
     elif card is None and is_chosen and not on_gpu:
         card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
-    chosen_batch = ""
-    if run.chooses_batch:
-        if card is None or not on_gpu:
-            raise ValueError("batch_size=auto is chosen for a GPU. Name its size, as with +card=24, or set a number")
-        size, chosen_batch = fastest_batch(run, memory, card, name, num_gpus=cards)
-        run = run.with_batch_size(size)
+    run, chosen_batch = choose_batch_size(run, memory, card if on_gpu else None, name, cards)
     plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8, num_gpus=cards)))
 
     def planners(on: Gpu) -> Planner:
@@ -241,8 +248,7 @@ def main(config: DictConfig) -> None:
     if is_chosen and card is not None:
         now = choose(planner, fixed, limit_of(memory, card), gpu(name, card)) or now
     on = gpu(name, card or next((size for size in SIZES if now.training <= limit_of(memory, size)), SIZES[-1]))
-    planner = planners(on)
-    now = planner.predict(now.choice)
+    now = (planner := planners(on)).predict(now.choice)
 
     # The run and its memory by phase.
     console, shape = Console(width=max(120, Console().width), highlight=False), planner.job.shape
@@ -286,8 +292,8 @@ def main(config: DictConfig) -> None:
             where = f"memory.gpu_memory_gb={card:g}" if on_gpu else target
             console.print(f"For {target}: {does_not_fit(planner, fixed, limit, usable(card, 0), where, on)}")
         else:
-            hint = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
-            hint = f"{headroom_text(memory)}{hint}".removesuffix(". ")
+            lighter_base = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
+            hint = f"{headroom_text(memory)}{lighter_base}".removesuffix(". ")
             console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
         if has_gpu and (hint := split_hint(run, memory, best, card, on)):
             console.print(hint)
