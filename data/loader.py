@@ -11,7 +11,7 @@ A loader is not thread-safe.
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ from data.cache.embeddings import EMBEDDING_SHAPE, unpack
 from data.cache.latents import LatentEntry, latent_shape, mask_shape
 from data.cache.store import Shape
 from data.checks import check_int
-from data.sampler import BucketSampler, derived_generator, pool_shapes
+from data.sampler import BucketSampler, derived_generator, larger_batches, pool_shapes
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,15 @@ class Loader:
     The samples of a step have targets of one size. References may differ in number and size; a micro-batch in which
     they do is returned as several batches, one for each shape.
 
-    Sample i of micro-batch m of process r has position (m * num_processes + r) * batch_size + i in the global batch
-    of batch_size * gradient_accumulation * num_processes samples.
+    Sample i of micro-batch m of process r has position (m * num_processes + r) * B + i in the global batch of
+    B * gradient_accumulation * num_processes samples; B is batch_size, or more for the step's bucket with `batch_of`.
 
     Args:
         cache, entries, captions: Filled cache; latent entry and captions of each sample, in sample order.
         embedding_keys: Cache key of each caption's embedding, and of "" if captions are dropped.
+        batch_of: Function that returns the number of samples in a micro-batch by their shape (`LatentEntry.bucket`),
+            batch_size or more. A bucket with fewer samples than that has smaller batches, so that none is repeated.
+            None is batch_size for all.
         weights: Frequency of training of each sample relative to others; None is 1 for all.
         loss_weights: Factor of the loss of each sample; None is 1 for all.
         caption_dropout: Probability, from 0 to 1, of training a sample with the empty prompt.
@@ -110,6 +113,7 @@ class Loader:
         num_processes: int = 1,
         process_index: int = 0,
         seed: int,
+        batch_of: Callable[[Any], int] | None = None,
         weights: Sequence[float] | None = None,
         loss_weights: Sequence[float] | None = None,
         caption_dropout: float = 0.0,
@@ -135,8 +139,11 @@ class Loader:
         self.seed, self.caption_dropout, self.reference_dropout = seed, caption_dropout, reference_dropout
         global_batch = batch_size * gradient_accumulation * num_processes
         shapes: dict[Any, Any] = {}  # one object of each for all samples
-        buckets = pool_shapes([shapes.setdefault(entry.bucket, entry.bucket) for entry in entries], global_batch)
-        self.sampler = BucketSampler(buckets, global_batch, seed, weights)
+        of_samples = [shapes.setdefault(entry.bucket, entry.bucket) for entry in entries]
+        buckets = pool_shapes(of_samples, global_batch)
+        self._per_step = gradient_accumulation * num_processes  # micro-batches of all processes
+        larger = larger_batches(of_samples, buckets, batch_size, self._per_step, batch_of) if batch_of else {}
+        self.sampler = BucketSampler(buckets, global_batch, seed, weights, larger)
         self._entries, self._captions, self._embedding_keys = entries, captions, embedding_keys
         self._loss_weights = loss_weights if loss_weights and set(loss_weights) != {1} else None
         self._cache = cache
@@ -149,19 +156,24 @@ class Loader:
         base, all processes must call the model equally often.
         """
         indices, has_references = self.sampler.batch(step), not self._drops_references(step)
+        size = self.batch_size_in(step)
         batches = []
         for micro in range(self.gradient_accumulation):
             groups = []  # positions of one shape, for each process
             for process in range(self.num_processes):
                 by_shape: dict[tuple[Size, ...], list[int]] = {}
-                first = (micro * self.num_processes + process) * self.batch_size
-                for position in range(first, first + self.batch_size):
+                first = (micro * self.num_processes + process) * size
+                for position in range(first, first + size):
                     sizes = self._entries[indices[position]].reference_sizes if has_references else ()
                     by_shape.setdefault(sizes, []).append(position)
                 groups.append(list(by_shape.values()))
             parts = _split(groups[self.process_index], max(map(len, groups)))
             batches += [self._read_batch(step, indices, positions) for positions in parts]
         return batches
+
+    def batch_size_in(self, step: int) -> int:
+        """Return the number of samples in a micro-batch of a step."""
+        return self.sampler.size(step) // self._per_step
 
     def _drops_references(self, step: int) -> bool:
         return self._is_drawn(self.reference_dropout, "reference dropout", step)

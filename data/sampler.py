@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,18 +36,27 @@ class BucketSampler:
     sample was seen exactly `global_batch` times. Independent draws would give that only on average, and resuming would
     need a replay of all earlier steps.
 
+    A bucket may have batches larger than `global_batch` (`larger`). Its steps are as many times fewer, so that samples
+    of all buckets are seen equally often, up to rounding.
+
     A sample of weight w counts as w samples: a pass contains it floor(w) or floor(w) + 1 times, p passes contain it
     p w times up to rounding (`_Passes`), and the cycles of buckets count it in the same way.
 
     Args:
         global_batch: Number of samples in a step over all processes and micro-batches.
         weights: Weights of the samples; None is 1 for all.
+        larger: Numbers of samples in a step of the buckets that have more than `global_batch`.
 
     Raises ValueError if there are no samples, or for weights that are negative, not finite, or all 0.
     """
 
     def __init__(
-        self, buckets: Sequence[Hashable], global_batch: int, seed: int, weights: Sequence[float] | None = None
+        self,
+        buckets: Sequence[Hashable],
+        global_batch: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        larger: Mapping[Any, int] | None = None,
     ) -> None:
         if not buckets:
             raise ValueError("there are no samples to train on: the dataset is empty")
@@ -61,26 +71,38 @@ class BucketSampler:
         each = (numbers.setdefault(bucket, len(numbers)) for bucket in buckets)
         self._bucket_of = np.fromiter(each, np.int32, len(buckets))
         counts = np.bincount(self._bucket_of)
+        self._sizes = [(larger or {}).get(bucket, global_batch) for bucket in numbers]
+        assert all(size >= global_batch for size in self._sizes)
         # buckets with fewer samples than a batch, which repeats them
         self.small = {bucket: int(counts[n]) for bucket, n in numbers.items() if counts[n] < global_batch}
         order = np.argsort(self._bucket_of, kind="stable").astype(np.int32)
         members = np.split(order, np.cumsum(counts)[:-1])
         self._passes = [_Passes(indices, given, offsets) for indices in members]
-        self._cycles = _Passes(np.arange(len(buckets), dtype=np.int32), given, offsets)
+        turns = given * (global_batch / np.array(self._sizes))[self._bucket_of]  # a sample's share of the steps
+        self._cycles = _Passes(np.arange(len(buckets), dtype=np.int32), turns, offsets)
+        self._turns = [_Passes(indices, turns, offsets) for indices in members] if larger else self._passes
         self._order = lru_cache(maxsize=2 * len(numbers) + 2)(self._shuffled)
 
     def batch(self, step: int) -> list[int]:
         """Return the sample indices of a step (from 0), by position in the global batch; all from one bucket."""
-        assert step >= 0
-        cycle, place = self._cycles.locate(step)
-        order = self._order("bucket", cycle)
-        number = int(order[place])
-        earlier = self._passes[number].before(cycle) + int((order[:place] == number).sum())
+        cycle, place, number = self._bucket(step)
+        order, size = self._order("bucket", cycle), self._sizes[number]
+        earlier = self._turns[number].before(cycle) + int((order[:place] == number).sum())
         batch = []
-        for k in range(earlier * self.global_batch, (earlier + 1) * self.global_batch):
+        for k in range(earlier * size, (earlier + 1) * size):
             passed, offset = self._passes[number].locate(k)
             batch.append(int(self._order(number, passed)[offset]))
         return batch
+
+    def size(self, step: int) -> int:
+        """Return the number of samples of a step, `global_batch` or more."""
+        return self._sizes[self._bucket(step)[2]]
+
+    def _bucket(self, step: int) -> tuple[int, int, int]:
+        """Return the cycle of a step, its place in it, and the number of its bucket."""
+        assert step >= 0
+        cycle, place = self._cycles.locate(step)
+        return cycle, place, int(self._order("bucket", cycle)[place])
 
     def _shuffled(self, name: int | str, turn: int) -> np.ndarray:
         """Return the samples of a pass of the bucket with this number, or the buckets of a cycle ("bucket")."""
@@ -99,17 +121,17 @@ class BucketSampler:
 
         A batch across the end of a pass begins with the last samples of that pass. Those among them that the next
         pass draws for the rest of the batch are swapped with the first ones after it that are not. The order depends
-        on the pass before, back to one that begins with a batch: fewer than `global_batch` passes.
+        on the pass before, back to one that begins with a batch: fewer passes than a batch has samples.
         """
-        passes = self._passes[number]
+        passes, batch = self._passes[number], self._sizes[number]
         size = len(passes.samples(turn))
         first = turn
-        while passes.plain and size >= self.global_batch and first * size % self.global_batch:
+        while passes.plain and size >= batch and first * size % batch:
             first -= 1
         order = self._permuted(number, passes, first)
         for later in range(first + 1, turn + 1):
-            head = -later * size % self.global_batch  # samples that complete the batch
-            taken = set(order[size - self.global_batch + head :].tolist()) if head else set()
+            head = -later * size % batch  # samples that complete the batch
+            taken = set(order[size - batch + head :].tolist()) if head else set()
             order = self._permuted(number, passes, later)
             free = (place for place in range(head, size) if order[place] not in taken)
             for place in range(head):
@@ -179,3 +201,23 @@ def pool_shapes(shapes: Sequence[tuple[Hashable, Hashable]], global_batch: int) 
             pooled += counts[shape] if joins else 0
             bucket[shape] = target if joins else shape
     return [bucket[shape] for shape in shapes]
+
+
+def larger_batches(
+    shapes: Sequence[Hashable],
+    buckets: Sequence[Hashable],
+    batch_size: int,
+    micro_batches: int,
+    batch_of: Callable[[Any], int],
+) -> dict[Hashable, int]:
+    """Return the number of samples in a step of the buckets that can have more than `batch_size` in a micro-batch.
+
+    Args:
+        shapes, buckets: Shape of each sample, and its bucket (`pool_shapes`).
+        micro_batches: Number of micro-batches in a step, of all processes.
+        batch_of: Function that returns the number of samples in a micro-batch by their shape.
+    """
+    counts, most = Counter(buckets), dict[Hashable, int]()
+    for shape, bucket in dict.fromkeys(zip(shapes, buckets, strict=True)):
+        most[bucket] = min(most.get(bucket, counts[bucket] // micro_batches), batch_of(shape))
+    return {bucket: size * micro_batches for bucket, size in most.items() if size > batch_size}

@@ -119,7 +119,7 @@ class Trainer:
                 checkpoint_pending = checkpoint_pending or is_due("checkpoint_every", steps_done)
                 needs_host_sync = checkpoint_pending or sample_pending or self.needs_host_sync(steps_done)
                 readings = guard.read_finished_steps(wait=needs_host_sync)
-                clock.steps += 1
+                clock.images += self.loader.sampler.size(step)
                 progress.update()
                 self.log_skipped_steps(readings)
                 if needs_host_sync:
@@ -199,7 +199,7 @@ class Trainer:
         numbers |= {name: value.item() for name, value in zip(names, losses.preference, strict=False)} | {
             "lr": self.learning_rate.value,
             "grad_norm": reading.norm,
-            "images_per_second": round(self.loader.sampler.global_batch * clock.take(), 4),
+            "images_per_second": round(clock.take(), 4),
             **clock.peak_memory(),
         }
         if not reading.bad:

@@ -43,6 +43,7 @@ from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
 from train.planner.from_config import (
     faster,
+    fastest_batch,
     free_bytes,
     free_host_memory,
     headroom_text,
@@ -133,12 +134,25 @@ def times_seen(run: RunConfig) -> str:
     steps, drawn = run.settings.steps, run.settings.batch_size * run.settings.gradient_accumulation
     count = max(len(samples) - run.validation.held_out, 1)
     seen = steps * drawn * (run.planned_processes or run.accelerator.num_processes) / count
-    text = f"{many(count, 'sample')}, {many(steps, 'step')}: each is trained {seen:.3g} times on average."
+    least = "at least " if run.settings.batch_by == "tokens" else ""  # smaller buckets have larger batches
+    text = f"{many(count, 'sample')}, {many(steps, 'step')}: each is trained {least}{seen:.3g} times on average."
     if seen < FEW_TIMES:
         return f"{text} That is little: others report 30 times for a style and 100 for a character (conf/experiment)."
     if seen > MANY_TIMES:
         return f"{text} That is much, and may reproduce the images: keep checkpoints, and hold images out to see when."
     return text
+
+
+def choose_batch_size(
+    run: RunConfig, memory: Mapping[str, Any], card: float | None, name: str | None, cards: int | None
+) -> tuple[RunConfig, str]:
+    """Return the run with batch_size=auto chosen for a GPU, and what is predicted; otherwise as it is, and nothing."""
+    if not run.chooses_batch:
+        return run, ""
+    if card is None:
+        raise ValueError("batch_size=auto is chosen for a GPU. Name its size, as with +card=24, or set a number")
+    size, why = fastest_batch(run, memory, card, name, num_gpus=cards)
+    return run.with_batch_size(size), why
 
 
 def planned_memory(prediction: Prediction, on_gpu: bool, name: str | None, card: float) -> str:
@@ -221,6 +235,7 @@ def main(config: DictConfig) -> None:
         card = round(torch.cuda.get_device_properties(place).total_memory / GIB, 1)
     elif card is None and is_chosen and not on_gpu:
         card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
+    run, chosen_batch = choose_batch_size(run, memory, card if on_gpu else None, name, cards)
     plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8, num_gpus=cards)))
 
     def planners(on: Gpu) -> Planner:
@@ -233,8 +248,7 @@ def main(config: DictConfig) -> None:
     if is_chosen and card is not None:
         now = choose(planner, fixed, limit_of(memory, card), gpu(name, card)) or now
     on = gpu(name, card or next((size for size in SIZES if now.training <= limit_of(memory, size)), SIZES[-1]))
-    planner = planners(on)
-    now = planner.predict(now.choice)
+    now = (planner := planners(on)).predict(now.choice)
 
     # The run and its memory by phase.
     console, shape = Console(width=max(120, Console().width), highlight=False), planner.job.shape
@@ -259,7 +273,7 @@ def main(config: DictConfig) -> None:
             f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
         )
     console.print(f"{'A' if fits else 'If it did fit, a'} step of {describe(planner, now, on, name)}")
-    for hint in (faster(run, now, on) if on_gpu else "", times_seen(run)):
+    for hint in (faster(run, now, on) if on_gpu else "", chosen_batch, times_seen(run)):
         console.print(hint, soft_wrap=True, end="\n" if hint else "")
     if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):
         console.print(
@@ -278,8 +292,8 @@ def main(config: DictConfig) -> None:
             where = f"memory.gpu_memory_gb={card:g}" if on_gpu else target
             console.print(f"For {target}: {does_not_fit(planner, fixed, limit, usable(card, 0), where, on)}")
         else:
-            hint = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
-            hint = f"{headroom_text(memory)}{hint}".removesuffix(". ")
+            lighter_base = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
+            hint = f"{headroom_text(memory)}{lighter_base}".removesuffix(". ")
             console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
         if has_gpu and (hint := split_hint(run, memory, best, card, on)):
             console.print(hint)

@@ -35,7 +35,9 @@ def filled(folder: Path, count: int = 6) -> tuple[Cache, list[LatentEntry], list
     return cache, entries, captions, keys
 
 
-def by_position(contents: tuple, step: int, split: tuple[int, int, int], dropout: float) -> dict[int, tuple]:
+def by_position(
+    contents: tuple, step: int, split: tuple[int, int, int], dropout: float, growth: int = 1
+) -> dict[int, tuple]:
     """What each position of a step trains on, gathered over processes and micro-batches."""
     batch_size, accumulation, processes = split
     found = {}
@@ -48,6 +50,7 @@ def by_position(contents: tuple, step: int, split: tuple[int, int, int], dropout
             process_index=process,
             seed=3,
             caption_dropout=dropout,
+            batch_of=lambda shape: batch_size * (growth if shape[0] == (32, 32) else 1),
         )
         batches = loader.micro_batches(step)
         assert len(batches) == accumulation
@@ -67,6 +70,19 @@ def test_the_split_does_not_change_what_a_position_trains_on(tmp_path: Path, ste
     assert sorted(whole) == [0, 1, 2, 3]
     for split in SPLITS[1:]:
         assert by_position(contents, step, split, dropout=0.5) == whole
+
+
+def test_a_batch_of_more_samples_is_split_likewise(tmp_path: Path) -> None:
+    contents = filled(tmp_path, count=24)  # 16 of 32 x 32, 8 of 48 x 16
+    sizes = set()
+    for step in range(6):
+        whole = by_position(contents, step, SPLITS[0], dropout=0.5, growth=3)
+        is_small = whole[0][0] % 3 != 2
+        assert sorted(whole) == list(range(12 if is_small else 4))
+        for split in SPLITS[1:]:
+            assert by_position(contents, step, split, dropout=0.5, growth=3) == whole
+        sizes.add(len(whole))
+    assert sizes == {4, 12}
 
 
 def test_the_positions_of_a_process_follow_the_documented_order(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.sampler import BucketSampler, derived_generator, pool_shapes
+from data.sampler import BucketSampler, derived_generator, larger_batches, pool_shapes
 
 FIRST_BATCHES = [[9, 9, 9], [3, 4, 5], [8, 7, 7]]
 
@@ -160,3 +160,25 @@ def test_shapes_of_references_that_fill_no_batch_share_a_bucket() -> None:
     several = [("a", 0)] * 3 + [("a", 1)] * 2 + [("a", 2)] * 2
     assert pool_shapes(several, 2) == several
     assert pool_shapes([*several, ("a", 3)], 2) == [("a", 0)] * 3 + ["a"] * 2 + [("a", 2)] * 2 + ["a"]
+
+
+def test_a_bucket_with_larger_batches_has_fewer_steps_and_all_are_seen_equally_often() -> None:
+    buckets = ["large"] * 10 + ["small"] * 9
+    sampler = BucketSampler(buckets, 2, seed=1, larger={"small": 6})
+    steps = [sampler.batch(step) for step in range(390)]
+    assert {(buckets[batch[0]], len(batch)) for batch in steps} == {("large", 2), ("small", 6)}
+    assert [sampler.size(step) for step in range(390)] == [len(batch) for batch in steps]
+    assert all(len(set(batch)) == len(batch) for batch in steps)
+    seen = Counter(i for batch in steps for i in batch)  # 10 / 2 + 9 / 6 = 6.5 steps train each sample once
+    assert len(seen) == 19
+    assert all(57 <= count <= 63 for count in seen.values())
+    again = BucketSampler(buckets, 2, seed=1, larger={"small": 6})
+    assert [again.batch(step) for step in reversed(range(390))] == steps[::-1]
+
+
+def test_batches_are_as_large_as_their_shapes_allow_and_their_buckets_have_samples() -> None:
+    shapes = ["1024"] * 9 + ["512"] * 8 + ["512 with references"] * 5 + ["256"] * 3
+    buckets = [shape.split()[0] for shape in shapes]
+    most = {"1024": 2, "512": 6, "512 with references": 4, "256": 20}
+    assert larger_batches(shapes, buckets, 2, 1, most.__getitem__) == {"512": 4, "256": 3}
+    assert larger_batches(shapes, buckets, 2, 3, most.__getitem__) == {"512": 12}

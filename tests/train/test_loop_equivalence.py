@@ -190,6 +190,23 @@ def test_accumulated_micro_batches_train_as_one_batch_does(train, kind):
         torch.testing.assert_close(adapter(two)[name], tensor, atol=1e-5, rtol=1e-3)
 
 
+def test_smaller_buckets_have_more_images_of_as_many_tokens_however_a_batch_is_cut(train, batches, at_step):
+    sizes = ["buckets.resolution=[16,48]", "buckets.each_resolution=true", "text_encoder.length=4", "batch_by=tokens"]
+    settings = [*sizes, "steps=9", "optimizer.lr=1e-3", "caption_dropout=0.3"]
+    whole = train("whole", "batch_size=2", *settings)
+    # 2 images of 9 tokens and 4 of text have as many as 4 of 1 token, or 2 of 8; a text token counts as 1.25
+    found = {(*batch.latents.shape[2:], len(batch.indices)) for batch in batches}
+    assert found == {(3, 3, 2), (2, 4, 2), (1, 1, 4)}
+    at_step(4, ask_to_stop())
+    with pytest.raises(Interrupted):
+        train("cut", "batch_size=2", *settings)
+    assert lines(train("cut", "batch_size=2", *settings, "resume=auto")) == lines(whole)
+    with pytest.raises(ValueError, match="batch_by='tokens' there, 'images' here"):
+        train("cut", "batch_size=2", *settings, "batch_by=images", f"resume={whole}", "steps=10")
+    with pytest.raises(ValueError, match="batch_by='pixels' must be one of images, tokens"):
+        train("other", "batch_by=pixels")
+
+
 def test_a_larger_batch_is_another_run(train, reference):
     assert values(train("one", "batch_size=1", "steps=1"))[0] != values(reference())[0]
 

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,9 +17,11 @@ from train_helpers import compose, refusal
 from train import plan
 from train.config import settings as train_settings
 from train.config.memory import Choice
-from train.planner.from_config import free_bytes
+from train.config.run_config import RunConfig
+from train.planner.from_config import fastest_batch, free_bytes
 from train.planner.gpus import GIB, measured
 from train.planner.predictor import Planner
+from train.stages.class_data import batch_of
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers", "planner_helpers")
@@ -139,6 +142,52 @@ def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_p
 
 
 # ------------------------------------------------------------------ runs
+
+
+def test_a_batch_size_is_chosen_for_a_gpu_and_kept(small, run_command, monkeypatch):
+    settings = "model=klein_base_4b", "memory=auto", "batch_size=auto", "+card=24"
+    code, out, err = run_command(*settings, task=plan.main)
+    assert (code, err) == (0, "")
+    assert holds(out, "step of 1 image: ... batch_size=1: predicted for an image on RTX 4090: ... with 1, ... with 2")
+    with pytest.raises(ValueError, match=r"batch_size=auto .* CPU\. Set a number"):
+        load_config(compose(*small("batch_size=auto")))
+    config = RunConfig(compose(*small("batch_size=auto", "preservation=none")))
+    seconds = {1: 1.0, 2: 0.8, 4: 0.75, 8: 0.74}  # a time for each image
+
+    class FakePlanner:
+        def __init__(self, job):
+            self.job = job
+
+        def predict(self, choice):
+            rows = self.job.rows
+            fits = rows <= 8
+            return SimpleNamespace(training=1 if fits else 1e15, seconds=lambda gpu: seconds[rows] * rows)
+
+    monkeypatch.setattr("train.planner.from_config.Planner", FakePlanner)
+    chosen, why = fastest_batch(config, config.given_memory, 24, None)
+    assert (chosen, "0.75 s with 4, 0.74 s with 8" in why) == (4, True)  # 8 saves too little
+    kept = config.with_batch_size(chosen)
+    assert (kept.settings.batch_size, kept.composed["batch_size"], kept.images_per_step) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("references", [0, 2])
+@pytest.mark.parametrize("name", ["dev", "klein_base_4b"])
+def test_batches_of_smaller_buckets_need_no_more_memory(planner, small, name, references):
+    folders = f"dataset.reference_folders=[{','.join('ab'[:references])}]"
+    given = ["batch_by=tokens", f"model={name}", "buckets.resolution=[256,512,1024]", "reference_resolution=512"]
+    config = RunConfig(compose(*given, "dataset=pairs", "dataset.path=x", folders, "precision=nf4", "batch_size=2"))
+    sizes, of = [(512, 512)] * references, batch_of(config, 2)
+    rows = [of(((side, side), sizes)) for side in (1024, 512, 256)]
+    assert rows == ([2, 5, 10] if references == 0 else [2, 3, 4])
+    for policy in ("full", "selective", "none"):
+        jobs = [(side, count) for side, count in zip((1024, 512, 256), rows, strict=True)]
+        peaks = [
+            planner(name, storage="nf4", side=side, references=tuple(sizes), rows=count)
+            .predict(Choice(policy))
+            .training
+            for side, count in jobs
+        ]
+        assert max(peaks[1:]) <= peaks[0]
 
 
 def test_what_is_chosen_is_what_a_run_applies_and_keeps(train, small, monkeypatch):

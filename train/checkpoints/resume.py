@@ -39,7 +39,7 @@ FREE_KEYS = set(
 # samples may be in another place on another machine; train/checkpoints/data_manifest.py compares their content
 PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
 # keys that older runs do not have, with the value that they had the effect of
-ADDED = {"adapter.init_mode": "continue", "adapter.dtype": "fp32"}
+ADDED = {"adapter.init_mode": "continue", "adapter.dtype": "fp32", "batch_by": "images"}
 # what only a run writes into its folder, any of which tells that there is one, also if the rest was deleted
 OF_A_RUN = (CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, DATA_FILE, "checkpoints", "adapter", "samples", "report.html")
 COPIES = f". Restore it from the copy in a complete checkpoint, checkpoints/step_*/{CONFIG_FILE}"

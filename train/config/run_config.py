@@ -102,6 +102,8 @@ class RunConfig:
                     f"{group}={self.composed.get(group)!r} must be a group of settings; see conf/train.yaml"
                 )
         top = {key: value for key, value in self.composed.items() if key not in GROUPS}
+        self.chooses_batch = top.get("batch_size") == AUTO  # 1 until it is chosen
+        top |= {"batch_size": 1} if self.chooses_batch else {}
         self.model: ModelSettings = parse_settings("model", self.composed["model"], ModelSettings)
         self.settings: RunSettings = parse_settings("", top, RunSettings)
         self.given_memory = dict(self.composed["memory"])
@@ -166,6 +168,13 @@ class RunConfig:
         other.precision = other.memory.with_layouts(self.precision)
         return other
 
+    def with_batch_size(self, chosen: int) -> RunConfig:
+        """Return a copy with `batch_size`, which the run also writes to its config.yaml."""
+        other = copy.copy(self)
+        other.composed = {**self.composed, "batch_size": chosen}
+        other.settings, other.chooses_batch = replace(self.settings, batch_size=chosen), False
+        return other
+
     def with_prompts(self, prompts: Sequence[str]) -> RunConfig:
         """Return a copy that samples `prompts` without references."""
         other = copy.copy(self)
@@ -210,7 +219,7 @@ class RunConfig:
             unusual = unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors)
             for warning in [*unusual, *guidance]:
                 warn(warning)
-        if self.prior is not None:
+        if self.prior is not None and not self.chooses_batch:
             self.prior.images_per_batch(self.settings.batch_size)
         for kind in {kind_of(layer) for layer in adapter_layers(model).values()}:
             for scale in {*self.sample.scales, *map(self.target.adapter_scale, range(2))}:

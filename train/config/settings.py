@@ -28,6 +28,7 @@ from train.utils.redact import check_no_secret
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
 INIT_MODES = ("continue", "frozen")  # what a run does with the adapter that it starts from
 DTYPES = ("fp32", "bf16")  # of the trained weights
+BATCHES = ("images", "tokens")  # what batches of different buckets have as many of
 MOST = 1 << 20  # images in a batch, and micro-batches in a step
 MOST_STEPS = 10**9  # a second each would take 30 years
 MOST_GB = 1e6  # of the memory of a device
@@ -83,6 +84,7 @@ class RunSettings(LoopSettings):
 
     name: str = "default"
     batch_size: int = 4
+    batch_by: str = "images"
     caption_dropout: float = 0.0
     reference_dropout: float = 0.0
     reference_resolution: int = 1024
@@ -101,7 +103,10 @@ class RunSettings(LoopSettings):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be true or false")
         check_no_secret("name", self.name)
-        check_count("batch_size", self.batch_size, 1, MOST)
+        if not is_count(self.batch_size, 1) or self.batch_size > MOST:
+            raise ValueError(f"batch_size={self.batch_size!r} must be an integer from 1 to {MOST}, or {AUTO}")
+        if self.batch_by not in BATCHES:
+            raise ValueError(f"batch_by={self.batch_by!r} must be one of {', '.join(BATCHES)}")
         check_count("reference_resolution", self.reference_resolution, 16, math.isqrt(MAX_PIXELS))
         for key in ("caption_dropout", "reference_dropout"):
             if not is_number(getattr(self, key), 0, 1):

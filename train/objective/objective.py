@@ -199,7 +199,7 @@ class Objective:
             return MicroBatch(batch, noise, weight, is_prior, *preserved, empty, guides, scale)
 
         def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
-            return len(batch.indices) / whole.batch_size
+            return len(batch.indices) / whole.batch_size_in(step)
 
         samples = [noisy(batch, self.seed, part(batch, loader), False) for batch in loader.micro_batches(step)]
         if self.prior is None:

@@ -99,13 +99,17 @@ class PriorPreservation:
 
     def images_per_batch(self, samples: int) -> int:
         """Return the number of class images for `samples` samples. Raise ValueError if it is not an integer >= 1."""
-        count = round(self.share * samples)
-        if not math.isclose(count, self.share * samples, abs_tol=1e-6) or not count:
+        if not self.allows(samples):
             raise ValueError(
                 f"preservation.share={self.share:g} of batch_size={samples} gives {self.share * samples:g} class "
                 "images per batch; choose a share that gives an integer >= 1"
             )
-        return count
+        return round(self.share * samples)
+
+    def allows(self, samples: int) -> bool:
+        """Return whether `samples` samples have an integer number of class images."""
+        count = self.share * samples
+        return count > 0.5 and math.isclose(round(count), count, abs_tol=1e-6)
 
     @property
     def draws(self) -> bool:

@@ -35,6 +35,8 @@ from train.sweeps.reuse import SHARED
 from train.utils.checks import is_count
 from train.utils.memory import OutOfMemory
 
+BATCHES = (1, 2, 4, 8, 16)  # that batch_size=auto chooses from
+LEAST_GAIN = 0.03  # share of the time of an image that a larger batch saves at least, because it makes fewer steps
 LEAST_STEP = 0.03  # share of a run's memory that advice after out of memory saves at least, because of fragmentation
 
 
@@ -188,15 +190,49 @@ def headroom_text(memory: Mapping[str, Any]) -> str:
     return f"; memory.headroom_gb={headroom:g} is left to other programs" if headroom else ""
 
 
+def memory_size(config: RunConfig, memory: Mapping[str, Any]) -> float:
+    """Return the memory of the GPU to plan for in GB: that of the group `memory`, or what is free.
+
+    That is the minimum of all processes, so that all choose the same, and of all their devices.
+    """
+    if memory.get("gpu_memory_gb") not in (None, FREE):
+        return float(memory["gpu_memory_gb"])
+    least = min(map(free_bytes, config.devices))
+    free = torch.tensor([float(least)], dtype=torch.float64, device=config.accelerator.device)
+    return round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
+
+
+def fastest_batch(
+    config: RunConfig, memory: Mapping[str, Any], gpu_memory_gb: float, name: str | None, num_gpus: int | None = None
+) -> tuple[int, str]:
+    """Return the batch size that is predicted to train images fastest on a GPU, and a message.
+
+    It is the smallest of `BATCHES` whose time per image is within `LEAST_GAIN` of the best; 1 if nothing fits. With a
+    `gpu_memory_gb` in the group `memory`, its null keys are chosen for each.
+    """
+    limit, on, seconds = limit_of(memory, gpu_memory_gb), gpu(name, gpu_memory_gb), dict[int, float]()
+    for size in BATCHES:
+        if config.prior is not None and not config.prior.allows(size):
+            continue
+        planner = Planner(workload_of(config.with_batch_size(size), True, on.fp8 is not None, num_gpus=num_gpus))
+        if memory.get("gpu_memory_gb") is not None:
+            best = choose(planner, fixed_keys(memory), limit, on)
+        else:
+            best = planner.predict(choice_of(memory))
+        if best is None or best.training > limit:
+            break
+        seconds[size] = best.seconds(on) / size
+    chosen = min((n for n in seconds if seconds[n] <= (1 + LEAST_GAIN) * min(seconds.values())), default=1)
+    each = ", ".join(f"{value:.2f} s with {size}" for size, value in seconds.items())
+    return chosen, f"batch_size={chosen}: predicted for an image on {on.name}: {each or 'nothing fits'}"
+
+
 def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the group `memory` with its nulls chosen, and a message. Raise ValueError if nothing fits."""
     device = config.accelerator.device
-    gpu_memory_gb, where = memory["gpu_memory_gb"], ""
-    if gpu_memory_gb == FREE:  # the minimum of all processes, so that all choose the same, and of all their devices
-        least = min(map(free_bytes, config.devices))
-        free = torch.tensor([float(least)], dtype=torch.float64, device=device)
-        gpu_memory_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
-        where = free_host_memory(gpu_memory_gb) if device.type == "cpu" else ""
+    gpu_memory_gb, where = memory_size(config, memory), ""
+    if memory["gpu_memory_gb"] == FREE and device.type == "cpu":
+        where = free_host_memory(gpu_memory_gb)
     planner = Planner(workload_of(config, device.type == "cuda"))
     on, fixed, limit = gpu(gpu_name(device), gpu_memory_gb), fixed_keys(memory), limit_of(memory, gpu_memory_gb)
     best = choose(planner, fixed, limit, on)

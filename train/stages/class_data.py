@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 from torch import nn
 
+from data.buckets import Size
 from data.cache.latents import LatentEntry
 from data.cache.prepared import CachedDataset
 from data.files import user_path
@@ -23,6 +24,10 @@ from train.config.run_config import RunConfig
 from train.encoding.class_pictures import ClassImageRecipe, ClassPictureFolder, draw, picture_file
 from train.encoding.prepare import CacheRequest
 from train.objective.prior import ClassPictures
+from train.planner.from_config import references_of
+from train.planner.workload import tokens
+
+TEXT_SHARE = 1.25  # memory of a text token, whose embedding is kept as well, relative to an image token; rounded up
 
 
 def class_dataset(config: RunConfig) -> Source | None:
@@ -90,6 +95,23 @@ def make_loader(
     )
 
 
+def batch_of(config: RunConfig, batch_size: int) -> Callable[[tuple[Size, Sequence[Size]]], int] | None:
+    """Return the function of `Loader.batch_of` for batch_by=tokens: `batch_size` at the largest resolution.
+
+    So activations take as much memory in all buckets. None for batch_by=images.
+    """
+    if config.settings.batch_by == "images":
+        return None
+    text = TEXT_SHARE * (config.text_encoder.length or config.variant.text.length)
+
+    def count(size: Size, references: Sequence[Size]) -> float:
+        return text + sum(map(tokens, (size, *references)))
+
+    side, limit = config.buckets.largest, config.settings.reference_resolution
+    most = count((side, side), [(limit, limit)] * references_of(config.composed["dataset"]))
+    return lambda shape: max(batch_size, int(batch_size * most / count(*shape)))
+
+
 def class_loader(
     config: RunConfig, classes: tuple[Source, CachedDataset] | None, **shards: int
 ) -> ClassPictures | None:
@@ -98,5 +120,7 @@ def class_loader(
         return None
     source, cached = classes
     size = config.prior.images_per_batch(config.settings.batch_size)
-    make = partial(make_loader, source, cached.entries, cached, batch_size=size, **shards)
+    make = partial(
+        make_loader, source, cached.entries, cached, batch_size=size, batch_of=batch_of(config, size), **shards
+    )
     return ClassPictures(make, config.settings.seed, config.prior.weight, [sample.name for sample in source])

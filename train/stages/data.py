@@ -24,7 +24,7 @@ from train.config.run_config import RunConfig
 from train.encoding.prepare import PICTURES, CacheRequest, prepare
 from train.objective.objective import Objective
 from train.objective.prior import ClassPictures
-from train.stages.class_data import class_dataset, class_loader, draw_class_images, make_loader
+from train.stages.class_data import batch_of, class_dataset, class_loader, draw_class_images, make_loader
 from train.sweeps.reuse import SHARED
 from train.utils.network import is_offline
 from train.utils.text import many
@@ -180,7 +180,8 @@ def prepare_data(config: RunConfig) -> TrainingData:
         "process_index": config.accelerator.process_index,
     }
     used = ("batch_size", "seed", "caption_dropout", "reference_dropout")
-    loader = make_loader(samples, entries, cached, **shards, **{key: getattr(settings, key) for key in used})
+    given = {key: getattr(settings, key) for key in used} | {"batch_of": batch_of(config, settings.batch_size)}
+    loader = make_loader(samples, entries, cached, **shards, **given)
     prior = class_loader(config, prepared.classes, **shards)
     for reader, what in ((loader, "samples"), *([(prior.loader, "class images")] if prior else [])):
         if note := repeats(reader, what):

@@ -14,7 +14,15 @@ from train.checkpoints.resume import RunLocation
 from train.config.memory import AUTO, choice_of
 from train.config.run_config import RunConfig
 from train.planner.compilation import compiles
-from train.planner.from_config import advice, planned, planned_split, still_fits
+from train.planner.from_config import (
+    advice,
+    fastest_batch,
+    gpu_name,
+    memory_size,
+    planned,
+    planned_split,
+    still_fits,
+)
 from train.stages.data import TrainingData
 from train.utils.console import name_process_in_errors
 from train.utils.memory import OutOfMemory
@@ -26,12 +34,15 @@ def load_config(config: DictConfig | dict[str, Any]) -> RunConfig:
 
 
 def choose_memory(config: RunConfig) -> RunConfig:
-    """Return the configuration with the null keys of `memory`, and `split=auto`, chosen by the planner.
+    """Return the configuration with `batch_size=auto`, null keys of `memory`, and `split=auto`, chosen by the planner.
 
-    Null keys are chosen if `gpu_memory_gb` is set. Raises ValueError if there are fewer GPUs than `split` needs.
+    Null keys are chosen if `gpu_memory_gb` is set. Raises ValueError if there are fewer GPUs than `split` needs, and
+    for `batch_size=auto` without a GPU.
     """
     is_divided = len(config.devices) > 1
     check_products(config)
+    if config.chooses_batch:
+        config = choose_batch_size(config)
     if config.memory.gpu_memory_gb is not None:
         chosen, why = planned(config, config.given_memory)
     elif is_divided and config.memory.split == AUTO:
@@ -41,6 +52,17 @@ def choose_memory(config: RunConfig) -> RunConfig:
     config = config.with_memory(chosen)
     config.say(why)
     return config
+
+
+def choose_batch_size(config: RunConfig) -> RunConfig:
+    device, memory = config.accelerator.device, config.given_memory
+    if device.type != "cuda":
+        raise ValueError(
+            "batch_size=auto is chosen by the predicted time of an image, and none is predicted for a CPU. Set a number"
+        )
+    size, why = fastest_batch(config, memory, memory_size(config, memory), gpu_name(device))
+    config.say(why)
+    return config.with_batch_size(size)
 
 
 def check_products(config: RunConfig) -> None:

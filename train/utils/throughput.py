@@ -12,7 +12,7 @@ import torch
 
 
 class Clock:
-    """Measures the speed of `steps` since the last `take`, and their peak memory, without what happens while paused.
+    """Measures the time of `images` since the last `take`, and the peak memory, without what happens while paused.
 
     Encoding, loading, validation and sampling thus do not count. The peak of a process, which is reported without a
     GPU, cannot be reset and includes them.
@@ -20,7 +20,7 @@ class Clock:
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.peaks = dict.fromkeys(devices, 0.0)  # GB
-        self.steps, self.spent, self.began = 0, 0.0, time.perf_counter()
+        self.images, self.spent, self.began = 0, 0.0, time.perf_counter()
         self.reset_peaks()
 
     @contextmanager
@@ -33,9 +33,9 @@ class Clock:
         self.began = time.perf_counter()
 
     def take(self) -> float:
-        """Return the steps per second since the last call; call it while paused."""
-        speed = self.steps / self.spent
-        self.steps, self.spent = 0, 0.0
+        """Return the images per second since the last call; call it while paused."""
+        speed = self.images / self.spent
+        self.images, self.spent = 0, 0.0
         return speed
 
     def reset_peaks(self) -> None:
