@@ -61,7 +61,8 @@ ORDER = {
         stages
         loop
         run
-        cache plan caption evaluate sweep hub tiny_model
+        pages
+        cache plan caption evaluate sweep hub studio tiny_model
         demo
         demo_edit
     """,

@@ -1,5 +1,5 @@
 // Put a slider over the base's image and a second one into each comparison; the thumbnails below choose the second.
-for (const cell of document.querySelectorAll('.cell')) {
+const makeComparisons = root => { for (const cell of root.querySelectorAll('.cell')) {
   const buttons = [...cell.querySelectorAll('.strip button')];
   if (buttons.length < 2) continue;
   const make = (tag, className, parent) => {
@@ -51,4 +51,5 @@ for (const cell of document.querySelectorAll('.cell')) {
   choose(buttons.find(button => 'first' in button.dataset) || buttons.at(-1));
   move();
   cell.querySelector('.strip').before(compare, names);
-}
+} };
+makeComparisons(document);

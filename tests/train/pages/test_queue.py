@@ -1,0 +1,114 @@
+"""The queue: one after the other on a device, whatever happens to the studio."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+from studio_helpers import PYTHON
+
+from train.pages import queue as queues
+from train.pages.queue import Queue, read_job, write_job
+
+
+@pytest.fixture
+def queue(tmp_path):
+    return Queue(tmp_path / "queue")
+
+
+def wait(queue: Queue, number: int, *states: str, seconds: float = 30) -> queues.Job:
+    until = time.monotonic() + seconds
+    while (job := queue.job(number)).state not in states:
+        assert time.monotonic() < until, (job, queue.tail(number))
+        time.sleep(0.05)
+        queue.start_next()
+    return job
+
+
+def test_jobs_of_a_device_run_one_after_the_other_and_others_beside_them(queue, tmp_path):
+    slow = [PYTHON, "-c", "import time; time.sleep(1.5); print('first', time.time())"]
+    first = queue.add("first", slow, device="cuda:0")
+    second = queue.add("second", [PYTHON, "-c", "print('second')"], device="cuda:0")
+    other = queue.add("other", [PYTHON, "-c", "import sys; sys.exit(3)"], device="cpu")
+    assert [queue.job(job.number).state for job in (first, second)] == ["running", "waiting"]
+    assert wait(queue, other.number, "failed").code == 3
+    assert wait(queue, second.number, "done").started >= wait(queue, first.number, "done").ended
+    assert queue.tail(first.number).startswith("first")
+    assert queue.tail(second.number) == "second"
+
+
+def test_a_job_outlives_the_studio_and_another_one_sees_its_end(queue, tmp_path):
+    job = queue.add("job", [PYTHON, "-c", "import time; time.sleep(1); print('end')"])
+    again = Queue(queue.folder)  # nothing of the first is used below
+    assert again.job(job.number).state == "running"
+    assert wait(again, job.number, "done").code == 0
+    assert again.tail(job.number) == "end"
+
+
+def test_a_stop_reaches_the_command_as_a_ctrl_c_and_a_waiting_one_is_taken_out(queue):
+    waits = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    command = waits + "except KeyboardInterrupt:\n    print('saved')"
+    job, waiting = queue.add("job", [PYTHON, "-c", command]), queue.add("waiting", ["true"])
+    while queue.tail(job.number) != "ready":
+        time.sleep(0.05)
+    queue.stop(waiting.number)
+    queue.stop(job.number)
+    wait(queue, job.number, "done", "stopped")
+    assert queue.tail(job.number) == "ready\nsaved"
+    assert queue.job(waiting.number).state == "stopped"
+
+
+def test_a_killed_runner_is_lost_and_the_next_job_starts(queue):
+    job = queue.add("job", [PYTHON, "-c", "import time; time.sleep(3)"])
+    runner = psutil.Process(queue.job(job.number).pid)
+    os.kill(runner.pid, signal.SIGKILL)
+    assert wait(queue, job.number, "lost").state == "lost"
+    other = replace(queue.job(job.number), state="running", born=1.0, pid=os.getpid())  # its pid is now another's
+    write_job(queue.file(job.number), other)
+    assert queue.job(job.number).state == "lost"
+    after = queue.add("after", [PYTHON, "-c", "print(1)"])
+    wait(queue, after.number, "done")
+
+
+def test_a_command_that_does_not_exist_is_one_message(queue):
+    job = queue.add("job", ["/no/such/program"])
+    assert wait(queue, job.number, "failed").code == 127
+    assert queue.tail(job.number) == "error: /no/such/program cannot be started (No such file or directory)"
+
+
+def test_two_studios_start_a_job_once(queue, tmp_path):
+    blocker = queue.add("blocker", [PYTHON, "-c", "import time; time.sleep(0.5)"])
+    job = queue.add("job", [PYTHON, "-c", f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"])
+    others = [Queue(queue.folder) for _ in range(3)]
+    for one in others:
+        one.run()
+    wait(queue, blocker.number, "done")
+    wait(queue, job.number, "done")
+    for one in others:
+        one.close()
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"number": 1}', "null", "{" * 1000])
+def test_a_file_that_is_no_job_is_passed_over(queue, content):
+    job = queue.add("job", ["true"])
+    queue.file(7).write_text(content)
+    assert read_job(queue.file(7)) is None
+    assert [one.number for one in queue.jobs()] == [job.number]
+    values = json.loads(queue.file(job.number).read_text())
+    for name, value in {"command": "rm", "state": "other", "number": True, "pid": "1"}.items():
+        queue.file(8).write_text(json.dumps({**values, name: value}))
+        assert read_job(queue.file(8)) is None
+    assert queue.add("next", ["true"]).number == 9
+
+
+def test_what_is_shown_has_no_secrets_and_one_line_of_a_progress_bar(queue):
+    job = queue.add("job", [PYTHON, "train/run.py", "tracker.api_key=hf_abcdefghijklmnopqrstuvwxyz1234"])
+    assert "hf_abcdefghij" not in job.shown
+    assert job.shown.startswith("python train/run.py")
+    queue.log(job.number).write_bytes(b"10 %\r20 %\r100 %\nhf_abcdefghijklmnopqrstuvwxyz1234\n")
+    assert queue.tail(job.number).startswith("100 %\n")
+    assert "hf_abcdefghij" not in queue.tail(job.number)
