@@ -61,8 +61,9 @@ ORDER = {
         stages
         loop
         run
+        cache plan caption evaluate sweep hub tiny_model
         pages
-        cache plan caption evaluate sweep hub studio tiny_model
+        studio
         demo
         demo_edit
     """,
