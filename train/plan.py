@@ -89,24 +89,34 @@ def phase_tables(prediction: Prediction, on_gpu: bool) -> Iterator[Table]:
         yield table
 
 
-def gpu_table(planners: Callable[[Gpu], Planner], settings: Prediction, memory: Mapping[str, Any]) -> Table:
-    """Return the table of GPU sizes: whether the run fits as set, and what memory=auto would choose."""
-    fixed = fixed_keys(memory) if memory.get("gpu_memory_gb") is not None else {}
-    which = f"Which GPUs it fits, {len(settings.split)} of a size" if settings.split else "Which GPU it fits"
-    table = Table(title=f"{which}, as predicted", box=SIMPLE, title_justify="left")
-    for name in ("GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"):
-        table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
+GPU_COLUMNS = (
+    "GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"
+)  # fmt: skip
+
+
+def gpu_rows(plan: Plan) -> Iterator[list[str]]:
+    """Yield for each size of GPU whether the run fits as set, and what memory=auto would choose (`GPU_COLUMNS`)."""
     for gpu_memory_gb in SIZES:
-        limit, on = limit_of(memory, gpu_memory_gb), gpu(None, gpu_memory_gb)
-        planner = planners(on)
-        now, best = planner.predict(settings.choice), choose(planner, fixed, limit, on)
+        limit, on = limit_of(plan.memory, gpu_memory_gb), gpu(None, gpu_memory_gb)
+        planner = plan.planners(on)
+        now, best = planner.predict(plan.now.choice), choose(planner, plan.fixed, limit, on)
         totals = [now.total(phase) if phase in now.phases else None for phase in ("prompts", "images")]
-        table.add_row(
+        yield [
             f"{gpu_memory_gb} GB",
             *("" if total is None else "yes" if total <= limit else "no" for total in (*totals, now.training)),
             "nothing fits" if best is None else best.settings.replace("memory.", ""),
             "" if best is None else f"{best.seconds(on):.2f} ({on.name})",
-        )
+        ]
+
+
+def gpu_table(plan: Plan) -> Table:
+    """Return the table of `gpu_rows`."""
+    which = f"Which GPUs it fits, {len(plan.now.split)} of a size" if plan.now.split else "Which GPU it fits"
+    table = Table(title=f"{which}, as predicted", box=SIMPLE, title_justify="left")
+    for name in GPU_COLUMNS:
+        table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
+    for row in gpu_rows(plan):
+        table.add_row(*row)
     return table
 
 
@@ -344,7 +354,7 @@ def main(config: DictConfig) -> None:
 
     # What memory=auto would choose.
     if on_gpu:
-        console.print(gpu_table(plan.planners, now, plan.memory))
+        console.print(gpu_table(plan))
     if card is not None:
         best = plan.best()
         if best is None:

@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from flux2.utils.images import open_image
-from train.pages import jobs
+from train.pages import jobs, start
 from train.pages.base import Form, Studio, error_response, page
 from train.pages.workspace import Refused
 from train.reports import html
@@ -99,7 +99,7 @@ def application(known: Studio) -> FastAPI:
 
         @app.exception_handler(kind)
         async def failed(request: Request, error: Exception) -> Response:
-            return error_response(request, 400, str(error))
+            return error_response(request, 400, str(error), getattr(error, "field", ""))
 
     @app.get("/")
     def first() -> Response:
@@ -133,6 +133,6 @@ def application(known: Studio) -> FastAPI:
             raise ValueError(f"{path} is no image that a browser shows")
         return FileResponse(file, media_type=f"image/{kind}")
 
-    for module in (jobs,):
+    for module in (jobs, start):
         app.include_router(module.router)
     return app

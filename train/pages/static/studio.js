@@ -1,3 +1,4 @@
+// Attributes of forms are read by getAttribute: a field named `dataset` would be form.dataset.
 // Forms send JSON and say what came of it beside the field; parts of a page with `data-live` keep themselves current.
 const start = root => {
   if (typeof drawCharts === 'function') drawCharts(root);
@@ -5,6 +6,26 @@ const start = root => {
   for (const form of root.querySelectorAll('form[data-post]')) form.addEventListener('submit', send);
   for (const text of root.querySelectorAll('[data-copy]')) addCopyButton(text);
   for (const box of root.querySelectorAll('[data-live]')) keepCurrent(box);
+  for (const field of root.querySelectorAll('[data-refresh]')) field.addEventListener('change', refresh);
+  for (const field of root.querySelectorAll('[data-go]'))
+    field.addEventListener('change', () => location.assign(field.dataset.go + encodeURIComponent(field.value)));
+  for (const field of root.querySelectorAll('[data-filter]')) field.addEventListener('input', () => filter(field));
+};
+
+// Shows only the rows of `data-filter` that have all words.
+const filter = field => {
+  const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const row of document.querySelectorAll(field.dataset.filter))
+    row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+};
+
+// Fetches the part of a form again that depends on the field that changed.
+const refresh = async event => {
+  const field = event.currentTarget, into = document.querySelector(field.dataset.into);
+  const found = await ask(field.dataset.refresh, valuesOf(field.form));
+  if (found.html === undefined) return say(field.form, found);
+  into.innerHTML = found.html;
+  start(into);
 };
 
 const addCopyButton = text => {
@@ -16,13 +37,17 @@ const addCopyButton = text => {
   text.after(button);
 };
 
-// Values of a form: texts, numbers (data-kind=number), switches, and lists of what is checked (data-kind=list).
+// Values of a form: texts, numbers (data-kind=number), switches, and lists of what is checked (data-kind=list). What has
+// data-in=X is in a group X, and is left out there if it is its data-default.
 const valuesOf = form => {
   const values = {};
   for (const field of form.elements) {
     if (!field.name || field.disabled) continue;
     const kind = field.dataset.kind || field.type;
-    if (kind === 'list') {
+    if (field.dataset.in) {
+      const group = values[field.dataset.in] = values[field.dataset.in] || {};
+      if (field.value !== field.dataset.default) group[field.name] = field.value;
+    } else if (kind === 'list') {
       values[field.name] = values[field.name] || [];
       if (field.checked) values[field.name].push(field.value);
     } else if (kind === 'checkbox') values[field.name] = field.checked;
@@ -56,15 +81,21 @@ const send = async event => {
   if (event.submitter && event.submitter.name) values[event.submitter.name] = event.submitter.value;
   for (const button of buttons) button.disabled = true;
   let found;
-  try { found = await ask(form.dataset.post, values); }
+  const address = (event.submitter && event.submitter.dataset.post) || form.getAttribute('data-post');
+  try { found = await ask(address, values); }
   catch { found = {error: 'the studio does not answer: is it still running?'}; }
   for (const button of buttons) button.disabled = false;
   if (found.redirect) { location.assign(found.redirect); return; }
   if (found.html !== undefined) {
-    const into = document.querySelector(form.dataset.into);
+    const into = document.querySelector(form.getAttribute('data-into'));
     into.innerHTML = found.html;
     start(into);
   }
+  say(form, found);
+};
+
+// Says what came of a form: beside the field that it is about, else at the form's end.
+const say = (form, found) => {
   const said = found.error || found.message;
   if (!said) return;
   const note = Object.assign(document.createElement('p'), {className: found.error ? 'said bad' : 'said', textContent: said});
