@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -66,16 +65,9 @@ def overrides_of(known: Studio, chosen: Chosen) -> list[str]:
         if value.strip() == before[name].strip():
             continue
         if forms.PLACES.search(name):
-            check_places(known, value)
+            known.workspace.check(value)
         found.append(forms.override(name, value.strip()))
     return choices + found
-
-
-def check_places(known: Studio, value: str) -> None:
-    """Raise Refused for a path on this machine, in a value, that is outside of the opened folders."""
-    for word in re.split(r"[\[\],\s'\"]+", value):
-        if word.startswith(("/", "~", ".")) or Path(word).exists():
-            known.workspace.resolve(word)
 
 
 @router.get("/start")

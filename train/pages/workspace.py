@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,12 @@ class Workspace:
             opened = listed([str(folder) for folder in self.folders])
             raise Refused(f"{path} is outside of the opened folders ({opened}). Open it: python train/studio.py {path}")
         return found
+
+    def check(self, value: str) -> None:
+        """Raise Refused for a path on this machine, in the value of a setting, that is outside of the opened folders."""
+        for word in re.split(r"[\[\],\s'\"]+", value):
+            if word.startswith(("/", "~", ".")) or Path(word).exists():
+                self.resolve(word)
 
     def show(self, path: Path) -> str:
         """Return a path as one types it in the folder where the studio was started."""
