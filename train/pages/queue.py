@@ -36,7 +36,7 @@ POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Job:
+class QueuedJob:
     """A command and what became of it. Lost: it ended without saying how, for example because it was killed."""
 
     number: int
@@ -63,21 +63,21 @@ class Job:
         return self.state in (WAITING, RUNNING)
 
 
-def job_of(values: Any) -> Job | None:
+def job_of(values: Any) -> QueuedJob | None:
     """Return the job in the content of a file, which may come from someone else; None if it is none."""
     kinds = {"int": int, "str": str, "float": int | float, "list[str]": list, "int | None": int | None}
-    if not isinstance(values, dict) or set(values) != set(Job.__dataclass_fields__):
+    if not isinstance(values, dict) or set(values) != set(QueuedJob.__dataclass_fields__):
         return None
-    for name, field in Job.__dataclass_fields__.items():
+    for name, field in QueuedJob.__dataclass_fields__.items():
         if not isinstance(values[name], kinds[str(field.type)]) or isinstance(values[name], bool):
             return None
     words = values["command"]
     if not words or not all(isinstance(word, str) for word in words) or values["state"] not in STATES:
         return None
-    return Job(**values) if is_count(values["number"], 1) else None
+    return QueuedJob(**values) if is_count(values["number"], 1) else None
 
 
-def read_job(file: Path) -> Job | None:
+def read_job(file: Path) -> QueuedJob | None:
     """Return the job in a file; None if it disappeared or is none."""
     try:
         return job_of(read_json(file, MOST_BYTES))
@@ -85,11 +85,11 @@ def read_job(file: Path) -> Job | None:
         return None
 
 
-def write_job(file: Path, job: Job) -> None:
+def write_job(file: Path, job: QueuedJob) -> None:
     write_whole(file, json.dumps(asdict(job), indent=1) + "\n")
 
 
-def is_alive(job: Job) -> bool:
+def is_alive(job: QueuedJob) -> bool:
     """Return whether the runner of a job still runs."""
     try:
         process = psutil.Process(job.pid)
@@ -117,25 +117,27 @@ class Queue:
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / ".lock", timeout=10)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[QueuedJob]:
         """Return all jobs, the newest first. What was running and ended without a word is lost."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         files = [self.folder / name for name in sorted(names, reverse=True) if re.fullmatch(r"\d{6}\.json", name)]
         found = [job for file in files if (job := read_job(file)) is not None]
         return [replace(job, state=LOST) if job.state == RUNNING and not is_alive(job) else job for job in found]
 
-    def job(self, number: int) -> Job:
+    def job(self, number: int) -> QueuedJob:
         """Return a job. Raises ValueError if there is none of that number."""
         found = next((job for job in self.jobs() if job.number == number), None)
         if found is None:
             raise ValueError(f"job {number} is not in {self.folder}")
         return found
 
-    def add(self, title: str, command: Sequence[str], device: str = "", folder: Path | None = None) -> Job:
+    def add(self, title: str, command: Sequence[str], device: str = "", folder: Path | None = None) -> QueuedJob:
         """Append a command to the queue, and start it if its device is free."""
         with self.lock:
             number = 1 + max((int(file.stem) for file in self.folder.glob("[0-9]*.json")), default=0)
-            job = Job(number, title, list(command), device, "" if folder is None else str(folder), created=time.time())
+            job = QueuedJob(
+                number, title, list(command), device, "" if folder is None else str(folder), created=time.time()
+            )
             write_job(self.file(number), job)
         self.start_next()
         return job
@@ -150,7 +152,7 @@ class Queue:
                     busy.add(job.device)
                     self._start(job)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: QueuedJob) -> None:
         runner = [sys.executable, "-m", "train.pages.runner", str(self.file(job.number))]
         alone: dict[str, Any] = {"start_new_session": True}  # a Ctrl-C of the studio does not reach it
         if os.name == "nt":

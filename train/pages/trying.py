@@ -93,7 +93,10 @@ def adapters(known: Studio) -> list[str]:
 
 
 def words(known: Studio, wish: Wish) -> list[str]:
-    """Return the command of a wish, without the file that it writes. Raises SettingError, or Refused for a path outside of the opened folders."""
+    """Return the command of a wish, without the file that it writes.
+
+    Raises SettingError, or Refused for a path outside of the opened folders.
+    """
     if wish.model not in VARIANTS:
         raise SettingError(f"model={wish.model!r} must be one of {', '.join(VARIANTS)}", "model")
     if wish.precision not in ("", *PRECISIONS):

@@ -19,7 +19,7 @@ def queue(tmp_path):
     return Queue(tmp_path / "queue")
 
 
-def wait(queue: Queue, number: int, *states: str, seconds: float = 30) -> queues.Job:
+def wait(queue: Queue, number: int, *states: str, seconds: float = 30) -> queues.QueuedJob:
     until = time.monotonic() + seconds
     while (job := queue.job(number)).state not in states:
         assert time.monotonic() < until, (job, queue.tail(number))
