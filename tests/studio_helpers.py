@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 
 from train.pages.app import application
 from train.pages.base import Studio
-from train.pages.queue import Queue
+from train.pages.queue import Queue, is_known
 from train.pages.workspace import Workspace
 
 HOST = "127.0.0.1:8760"
@@ -35,8 +35,8 @@ def studio_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     opened.mkdir()
     monkeypatch.chdir(opened)
 
-    def make(token: str | None = None) -> Page:
+    def make(token: str | None = None, known=is_known) -> Page:
         workspace = Workspace([opened], opened / "outputs")
-        return Page(Studio(workspace, Queue(opened / "outputs/studio/queue"), frozenset({HOST}), token))
+        return Page(Studio(workspace, Queue(opened / "outputs/studio/queue", known), frozenset({HOST}), token))
 
     return make

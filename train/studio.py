@@ -15,6 +15,8 @@ if __name__ == "__main__":  # a script's own folder comes first in sys.path, and
 
 import argparse
 import os
+import platform
+import re
 import secrets
 from collections.abc import Sequence
 
@@ -61,7 +63,7 @@ def serve(options: argparse.Namespace) -> None:
     with bind_socket("127.0.0.1" if options.host == "localhost" else options.host, options.port) as listening:
         port = listening.getsockname()[1]
         hosts = frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")) if is_local else None
-        queue = Queue(place / "queue")
+        queue = Queue(place / "queue" / re.sub(r"[^\w.-]", "_", platform.node() or "machine"))
         app = application(Studio(workspace, queue, hosts, token))
         name = f"[{options.host}]" if ":" in options.host else options.host
         print(

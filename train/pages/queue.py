@@ -3,6 +3,10 @@
 Each job is `NNNNNN.json` in the queue's folder, with its output in `NNNNNN.log`. A started job is a process of its own
 (runner.py), which writes its end into the file. So the studio can be closed, killed and started again, and two studios
 can use one folder: starting a job holds a lock, and only a file that says `waiting` is started.
+
+A file of the queue is a program that will run. So its folder is this user's alone and of this machine alone, and only
+the commands that the studio itself starts are started from it (`is_known`), also where a folder of runs with a queue in
+it comes from someone else.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,9 @@ from train.utils.redact import masked_command, masked_text
 
 WAITING, RUNNING, DONE, FAILED, STOPPED, LOST = "waiting", "running", "done", "failed", "stopped", "lost"
 STATES = (WAITING, RUNNING, DONE, FAILED, STOPPED, LOST)
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {ROOT / "train" / f"{name}.py" for name in ("run", "cache", "caption", "evaluate")}
+MODULES = ("flux2.generate", "flux2.export", "train.hub")
 MOST_BYTES = 1 << 20  # of a job's file
 TAIL = 20_000  # bytes of a log that are shown
 POLL_SECONDS = 1.0
@@ -98,11 +105,25 @@ def is_alive(job: QueuedJob) -> bool:
         return False
 
 
-class Queue:
-    """The jobs in a folder. `start_next` starts what may start; a thread of `run` calls it."""
+def is_known(command: Sequence[str]) -> bool:
+    """Return whether the studio starts this command: one of this project's, whose settings name no code to call."""
+    if command[0] != sys.executable or len(command) < 3:
+        return False
+    if command[1] == "-m":
+        return command[2] in MODULES
+    is_ours = Path(command[1]).resolve() in SCRIPTS
+    return is_ours and not any(re.search(r"_target_|^[+~]*hydra|^-|\$\{", word) for word in command[2:])
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Queue:
+    """The jobs in a folder. `start_next` starts what may start; a thread of `run` calls it.
+
+    Args:
+        known: Function that returns whether a command may be started.
+    """
+
+    def __init__(self, folder: Path, known: Callable[[Sequence[str]], bool] = is_known) -> None:
+        self.folder, self.known = folder, known
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -114,7 +135,10 @@ class Queue:
 
     @property
     def lock(self) -> FileLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        about = self.folder.stat()
+        if os.name != "nt" and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+            raise ValueError(f"{self.folder} is another user's, or others may write there, and its files are run")
         return FileLock(self.folder / ".lock", timeout=10)
 
     def jobs(self) -> list[QueuedJob]:
@@ -132,7 +156,9 @@ class Queue:
         return found
 
     def add(self, title: str, command: Sequence[str], device: str = "", folder: Path | None = None) -> QueuedJob:
-        """Append a command to the queue, and start it if its device is free."""
+        """Append a command to the queue, and start it if its device is free. Raises ValueError if it is not known."""
+        if not self.known(command):
+            raise ValueError(f"{masked_command(command)} is no command that the studio starts")
         with self.lock:
             number = 1 + max((int(file.stem) for file in self.folder.glob("[0-9]*.json")), default=0)
             job = QueuedJob(
@@ -148,7 +174,10 @@ class Queue:
             jobs = self.jobs()
             busy = {job.device for job in jobs if job.state == RUNNING}
             for job in reversed(jobs):
-                if job.state == WAITING and job.device not in busy:
+                if job.state == WAITING and not self.known(job.command):
+                    self.log(job.number).write_text("error: this is no command that the studio starts\n")
+                    write_job(self.file(job.number), replace(job, state=FAILED, ended=time.time()))
+                elif job.state == WAITING and job.device not in busy:
                     busy.add(job.device)
                     self._start(job)
 
@@ -157,8 +186,7 @@ class Queue:
         alone: dict[str, Any] = {"start_new_session": True}  # a Ctrl-C of the studio does not reach it
         if os.name == "nt":
             alone = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
-        root = Path(__file__).resolve().parents[2]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         with self.log(job.number).open("ab") as log:
             process = subprocess.Popen(
                 runner, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **alone

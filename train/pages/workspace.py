@@ -43,7 +43,7 @@ class Workspace:
         return found
 
     def check(self, value: str) -> None:
-        """Raise Refused for a path of this machine in the value of a setting, if it is outside of the opened folders."""
+        """Raise Refused for a path in the value of a setting that is outside of the opened folders."""
         for word in re.split(r"[\[\],\s'\"]+", value):
             if word.startswith(("/", "~", ".")) or Path(word).exists():
                 self.resolve(word)

@@ -86,7 +86,7 @@ def test_what_is_wrong_in_a_form_is_named_with_its_field(studio_page):
 
 
 def test_names_are_shown_as_text(studio_page, tmp_path):
-    page = studio_page()
+    page = studio_page(known=lambda command: True)
     page.known.queue.add("<b>job</b>", ["true"])
     shown = page.get("/jobs/1").text
     assert "&lt;b&gt;job" in shown

@@ -16,7 +16,7 @@ from train.pages.queue import Queue, read_job, write_job
 
 @pytest.fixture
 def queue(tmp_path):
-    return Queue(tmp_path / "queue")
+    return Queue(tmp_path / "queue", known=lambda command: True)
 
 
 def wait(queue: Queue, number: int, *states: str, seconds: float = 30) -> queues.QueuedJob:
@@ -42,7 +42,7 @@ def test_jobs_of_a_device_run_one_after_the_other_and_others_beside_them(queue, 
 
 def test_a_job_outlives_the_studio_and_another_one_sees_its_end(queue, tmp_path):
     job = queue.add("job", [PYTHON, "-c", "import time; time.sleep(1); print('end')"])
-    again = Queue(queue.folder)  # nothing of the first is used below
+    again = Queue(queue.folder, queue.known)  # nothing of the first is used below
     assert again.job(job.number).state == "running"
     assert wait(again, job.number, "done").code == 0
     assert again.tail(job.number) == "end"
@@ -82,7 +82,7 @@ def test_a_command_that_does_not_exist_is_one_message(queue):
 def test_two_studios_start_a_job_once(queue, tmp_path):
     blocker = queue.add("blocker", [PYTHON, "-c", "import time; time.sleep(0.5)"])
     job = queue.add("job", [PYTHON, "-c", f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"])
-    others = [Queue(queue.folder) for _ in range(3)]
+    others = [Queue(queue.folder, queue.known) for _ in range(3)]
     for one in others:
         one.run()
     wait(queue, blocker.number, "done")
@@ -112,3 +112,45 @@ def test_what_is_shown_has_no_secrets_and_one_line_of_a_progress_bar(queue):
     queue.log(job.number).write_bytes(b"10 %\r20 %\r100 %\nhf_abcdefghijklmnopqrstuvwxyz1234\n")
     assert queue.tail(job.number).startswith("100 %\n")
     assert "hf_abcdefghij" not in queue.tail(job.number)
+
+
+def run(*words: str) -> list[str]:
+    return [PYTHON, str(queues.ROOT / "train/run.py"), *words]
+
+
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [
+        (run("model=tiny"), True),
+        ([PYTHON, "-m", "flux2.generate", "--prompt", "x"], True),
+        (run("optimizer._target_=os.system"), False),
+        (run("+hydra.searchpath=[/tmp]"), False),
+        (run("--config-dir=/tmp"), False),
+        (run("name=${oc.env:HOME}"), False),
+        ([PYTHON, "-c", "print(1)"], False),
+        ([PYTHON, "-m", "http.server"], False),
+        ([PYTHON, "/tmp/train/run.py", "x"], False),
+        (["sh", "-c", "id"], False),
+    ],
+)
+def test_only_commands_of_the_studio_are_started_also_from_files_of_others(tmp_path, monkeypatch, command, known):
+    queue, started = Queue(tmp_path / "queue"), []
+    monkeypatch.setattr(Queue, "_start", lambda self, job: started.append(job.command))
+    if known:
+        queue.add("job", command)
+    else:
+        with pytest.raises(ValueError, match="no command that the studio starts"):
+            queue.add("job", command)
+        queue.folder.mkdir(exist_ok=True, mode=0o700)
+        write_job(queue.file(1), queues.QueuedJob(1, "job", command))
+        queue.start_next()
+        assert queue.job(1).state == "failed"
+    assert started == ([command] if known else [])
+
+
+def test_a_folder_that_others_may_write_is_refused(tmp_path):
+    queue = Queue(tmp_path / "queue")
+    queue.folder.mkdir()
+    queue.folder.chmod(0o777)
+    with pytest.raises(ValueError, match="others may write there"):
+        queue.add("job", run("model=tiny"))
