@@ -196,7 +196,7 @@ def test_on_the_embedded_model_pairs_that_prefer_red_over_blue_move_the_color_of
 
 
 def test_the_dataset_and_the_loss_need_each_other(train, votes):
-    with pytest.raises(ValueError, match=r"dataset=preference has rejected images, which only loss=dpo trains"):
+    with pytest.raises(ValueError, match=r"dataset=preference has rejected images, which only loss=dpo and target"):
         train("mse", "dataset=preference", f"dataset.path={votes}")
     with pytest.raises(ValueError, match=r"loss=dpo needs a rejected image for every sample, and 6 of 6 have none"):
         train("dpo", "loss=dpo")
