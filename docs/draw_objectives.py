@@ -19,7 +19,7 @@ from data.synthetic.drawings import BACKGROUNDS, COLORS, SHAPES, Drawing, draw
 from train.validation.sample_grid import sample_grid, split_grid
 
 ROOT = Path(__file__).resolve().parent.parent
-SLIDER_STEPS, PREFERENCE_STEPS, PRESERVATION_STEPS = 120, 60, 200
+SLIDER_STEPS, ENDS_STEPS, PREFERENCE_STEPS, PRESERVATION_STEPS = 120, 60, 60, 200
 SLIDER = ["a red cup on a blue background", "a green fish on a white background", "a pink star on a grey background"]
 PREFERENCE = [f"a large {shape} on a white background" for shape in ("cup", "star", "moon", "crown")]
 PRESERVATION = ["a trtcrd of a green fish, tarot style", "a card of a green fish, tarot style"]
@@ -44,12 +44,30 @@ def draw_pairs(folder: Path) -> None:
             (folder / "chosen" / f"{shape}.txt").write_text(f"a large {shape} on a white background")
 
 
+def draw_ends(folder: Path) -> None:
+    """Write pairs of a large and a small drawing of the same, with captions that name no size."""
+    rng = random.Random(0)
+    for shape in SHAPES[:8]:
+        color, background = rng.choice(list(COLORS)), rng.choice(list(BACKGROUNDS))
+        for size in ("large", "small"):
+            (folder / size).mkdir(parents=True, exist_ok=True)
+            draw(Drawing(shape, color, background, size)).save(folder / size / f"{shape}.png")
+        (folder / "large" / f"{shape}.txt").write_text(f"a {color} {shape} on a {background} background")
+
+
 def command(images: Path, out: Path, *more: str) -> list[str]:
     """Return the command that trains a slider."""
     settings = ["memory=default", "optimizer.lr=2e-3", "batch_size=4", f"steps={SLIDER_STEPS}"]
     prompts = {"positive": "a large {caption}", "negative": "a small {caption}", "neutral": "a {caption}"}
     ends = [f'target.{key}="{prompt}"' for key, prompt in prompts.items()]
     return run_command(out, "+experiment=slider", *settings, *ends, f"dataset.path={images}", *more)
+
+
+def slider_images_command(pairs: Path, out: Path, *more: str) -> list[str]:
+    """Return the command that trains a slider from pairs of images."""
+    folders = [f"dataset.path={pairs}", "dataset.chosen_folder=large", "dataset.rejected_folder=small"]
+    settings = ["memory=default", "optimizer.lr=2e-3", "batch_size=2", f"steps={ENDS_STEPS}", *more]
+    return run_command(out, "+experiment=slider", "target=slider_images", "dataset=preference", *folders, *settings)
 
 
 def run_command(out: Path, *settings: str) -> list[str]:
@@ -76,6 +94,12 @@ def slider(folder: Path) -> Image.Image:
     return grids(folder / "slider", command(images, folder / "slider"), SLIDER)[-1]
 
 
+def slider_images(folder: Path) -> Image.Image:
+    """Five scales of a slider from pairs of a large and a small drawing."""
+    draw_ends(folder / "sizes")
+    return grids(folder / "ends", slider_images_command(folder / "sizes", folder / "ends"), SLIDER)[-1]
+
+
 def preference(folder: Path) -> Image.Image:
     """Before and after training on pairs that prefer red to blue, with two shapes of the pairs and two others."""
     draw_pairs(folder / "pairs")
@@ -100,6 +124,7 @@ def preservation(folder: Path) -> Image.Image:
 
 FIGURES: dict[str, Callable[[Path], Image.Image]] = {
     "slider": slider,
+    "slider_images": slider_images,
     "preference": preference,
     "preservation": preservation,
 }

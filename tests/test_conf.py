@@ -44,6 +44,7 @@ NEEDS = {
     ("dataset", "webdataset"): ["dataset.path=/shards"],
     ("target", "contrastive"): ["model=klein_base_4b", "device=cpu"],
     ("target", "slider"): ["target.positive=old", "target.negative=young", "validate_every=0"],
+    ("target", "slider_images"): ["dataset=preference", "dataset.path=/pictures"],
     ("preservation", "base"): ["preservation.prompts=[a cup]"],
     ("preservation", "class"): ["preservation.trigger=trtcrd"],
     ("preservation", "prior"): ["preservation.prompts=[a cup]"],

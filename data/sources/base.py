@@ -236,10 +236,10 @@ class Source(Sequence[Sample]):
             self._note_unused(REPLACED, *(path for files in texts.values() for path in files))
 
     def _check_pictures(self, sample: Sample) -> None:
-        """Raise ValueError with the bare reason if target and references, by their headers, cannot be trained on."""
+        """Raise ValueError with the bare reason if an image but the mask, by its header, cannot be trained on."""
         if len(sample.references) > MAX_REFERENCES:
             raise ValueError(f"has {len(sample.references)} references: at most {MAX_REFERENCES} are allowed")
-        for picture in (sample.target, *sample.references):
+        for picture in (sample.target, *sample.references, *([] if sample.rejected is None else [sample.rejected])):
             try:
                 picture.name.encode()
             except UnicodeEncodeError as error:  # it would be found when the name is stored, after hours of encoding

@@ -40,6 +40,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "poses", {f"{name}/x.png": square() for name in ("person", "pose", "target")})
     write(tmp_path / "poses", {"target/x.txt": "pose them"})
     write(tmp_path / "votes", {"chosen/x.png": square(), "rejected/x.png": square("blue"), "chosen/x.txt": "a cat"})
+    write(tmp_path / "votes", {"source/x.png": square("green")})
+    write(tmp_path / "sizes", {"large/x.png": square(), "small/x.png": square("blue"), "large/x.txt": "a cat"})
     write(tmp_path / "cutouts", {"cat.png": CLEAR, "cat.txt": "a cat"})
     write(tmp_path / "masked", {**CAT, "cat.txt": "a cat", "masks/cat.png": square("white")})
     write(tmp_path / "tags", {**CAT, "cat.txt": "felix, cat, chair, window, night"})
@@ -84,7 +86,8 @@ def test_a_command_of_the_page_opens_its_dataset(command: str) -> None:
     asked: dict[str, Callable] = {
         "prompt=a photo of felix": lambda: {sample.caption for sample in samples} == {"a photo of felix"},
         "pairs": lambda: all(sample.references for sample in samples),
-        "reference_folders": lambda: [len(sample.references) for sample in samples] == [2],
+        "[person,pose]": lambda: [len(sample.references) for sample in samples] == [2],
+        "[source]": lambda: [len(sample.references) for sample in samples] == [1],
         "path=references": lambda: [len(sample.references) for sample in samples] == [2],
         "reference_columns": lambda: all(len(sample.references) == 1 for sample in samples),
         "preference": lambda: all(sample.rejected is not None for sample in samples),

@@ -42,7 +42,7 @@ from train.encoding.text_encoders import PromptEncoder
 from train.objective.loss import DPO, MSE
 from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import PriorPreservation
-from train.objective.target import Flow, Slider
+from train.objective.target import Flow, Slider, SliderImages
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
 from train.optim.parameter_groups import RateSettings
@@ -142,13 +142,18 @@ class RunConfig:
         self.weighting = self.instantiate("weighting")
         self._preservation: Preservation | BlankPreservation | PriorPreservation = self.instantiate("preservation")
         if isinstance(self.loss, DPO) and (self.prior is not None or type(self.target) is not Flow):
-            target = "slider" if isinstance(self.target, Slider) else "contrastive"
-            other = f"target={target}" if self.prior is None else "preservation=prior"
+            other = f"target={self.target.name}" if self.prior is None else "preservation=prior"
             raise ValueError(
                 f"loss=dpo with {other}: a preference is trained on pairs alone. Set loss=mse, or leave {other} out"
             )
         if self.adapter.is_frozen and isinstance(self.loss, DPO):
             raise ValueError(FROZEN_BASE.format("loss=dpo"))
+        if self.adapter.is_frozen and isinstance(self.target, SliderImages):
+            raise ValueError(
+                "adapter.init_mode=frozen with target=slider_images: a slider is trained alone, because the images at "
+                "its ends would also teach it to undo the frozen adapter. Merge that into the base (flux2.export), or "
+                "use adapter.init_mode=continue"
+            )
         if isinstance(self.target, Slider):
             if self.adapter.is_frozen:
                 raise ValueError(FROZEN_BASE.format("target=slider"))
@@ -222,7 +227,7 @@ class RunConfig:
         if self.prior is not None and not self.chooses_batch:
             self.prior.images_per_batch(self.settings.batch_size)
         for kind in {kind_of(layer) for layer in adapter_layers(model).values()}:
-            for scale in {*self.sample.scales, *map(self.target.adapter_scale, range(2))}:
+            for scale in {*self.sample.scales, *self.target.scales}:
                 check_scale(kind, scale)
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)

@@ -6,7 +6,7 @@ are earlier in README's list. Begin with noise.py, then objective.py.
 from train.objective.loss import DPO, MAE, MSE, Huber, PseudoHuber
 from train.objective.preservation import BlankPreservation, ClassPreservation, Preservation
 from train.objective.prior import PriorPreservation
-from train.objective.target import ContrastiveGuidance, Flow, Slider
+from train.objective.target import ContrastiveGuidance, Flow, Slider, SliderImages
 from train.objective.timesteps import LogitNormal, LogSNR, Mode, Uniform
 from train.objective.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
 
@@ -29,6 +29,7 @@ __all__ = [
     "PseudoHuber",
     "SigmaSqrt",
     "Slider",
+    "SliderImages",
     "Uniform",
     "Unweighted",
 ]

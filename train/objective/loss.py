@@ -60,25 +60,14 @@ class MSE:
         with a sharded base must call the model equally often."""
         return self.unmasked_prior > 0
 
-    def check_samples(self, *, any_mask: bool, rejected: int, count: int) -> None:
-        """Raise ValueError if the samples, of which `rejected` of `count` have a rejected image, do not suit the loss.
-
-        So do settings of masks if no sample has a mask.
-        """
-        self.check_rejected(rejected, count)
+    def check_masks(self, any_mask: bool) -> None:
+        """Raise ValueError for settings of masks if no sample has a mask."""
         for key in ("unmasked_weight", "unmasked_prior", "unmasked_probability"):
             if getattr(self, key) and not any_mask:
                 raise ValueError(
                     f"loss.{key}={getattr(self, key)} has no effect: no sample has a mask. Set dataset.mask, or "
                     f"loss.{key}=0"
                 )
-
-    def check_rejected(self, rejected: int, count: int) -> None:
-        if rejected:
-            raise ValueError(
-                "dataset=preference has rejected images, which only loss=dpo trains. Set loss=dpo, or dataset=folder "
-                "for the chosen ones"
-            )
 
     def with_drawn_masks(self, batch: Batch, seed: int, step: int) -> Batch:
         """Return the batch in which samples that are drawn by (seed, step, position) have no mask."""
@@ -212,13 +201,6 @@ class DPO(MSE):
     @property
     def needs_base(self) -> bool:
         return True
-
-    def check_rejected(self, rejected: int, count: int) -> None:
-        if rejected < count:
-            raise ValueError(
-                f"loss=dpo needs a rejected image for every sample, and {count - rejected} of {count} have none. Set "
-                "dataset=preference, or another loss"
-            )
 
     def margins(self, prediction: Tensor, target: Tensor, mask: Tensor | None, base: Tensor) -> Tensor:
         """Return the margins (B,) of (2 B, n, C) tokens: chosen samples, then rejected ones; `base` is the base's."""

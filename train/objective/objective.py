@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.loader import Batch, Loader, copy_to_device
+from data.sources import Sample
 from flux2.adapters import adapters_disabled
 from train.objective.loss import DPO, MSE, flow_loss
 from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined, stacked
@@ -148,6 +150,23 @@ def training_loss(
     return Losses(flow + weight * difference, flow.detach(), difference.detach(), preference=preference)
 
 
+def check_pairs(loss: MSE, target: Flow, samples: Sequence[Sample]) -> None:
+    """Raise ValueError if loss and target need rejected images that samples lack, or samples have what neither uses."""
+    lacking = sum(sample.rejected is None for sample in samples)
+    group, user = ("target", f"target={target.name}") if target.uses_pairs else ("loss", "loss=dpo")
+    is_used = target.uses_pairs or isinstance(loss, DPO)
+    if not is_used and lacking < len(samples):
+        raise ValueError(
+            "dataset=preference has rejected images, which only loss=dpo and target=slider_images train. Set one of "
+            "them, or dataset=folder for the chosen images"
+        )
+    if is_used and lacking:
+        raise ValueError(
+            f"{user} needs a rejected image for every sample, and {lacking} of {len(samples)} have none. Set "
+            f"dataset=preference, or another {group}"
+        )
+
+
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Context manager in which the adapter of a model in training has no dropout."""
@@ -189,24 +208,26 @@ class Objective:
     def micro_batches(self, loader: Loader, step: int) -> list[MicroBatch]:
         """Return this process's micro-batches of `step` with their noise, those of class images last."""
 
-        def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> MicroBatch:
+        def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> list[MicroBatch]:
             batch = self.loss.with_drawn_masks(batch, seed, step)
             noise = draw(batch, self.timesteps, seed, step)
             empty = loader.embeddings([""]) if isinstance(self.target, ContrastiveGuidance) else None
             prompts = [] if is_prior else self.target.prompts_for(batch.captions)
             guides = [loader.embeddings(each) for each in prompts]
-            scale, preserved = self.target.adapter_scale(step), self.preserve(loader, batch, step)
-            return MicroBatch(batch, noise, weight, is_prior, *preserved, empty, guides, scale)
+            parts, preserved = self.target.at_scales(batch, step), self.preserve(loader, batch, step)
+            return [
+                MicroBatch(one, noise, weight / len(parts), is_prior, *preserved, empty, guides, scale)
+                for one, scale in parts
+            ]
 
         def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
             return len(batch.indices) / whole.batch_size_in(step)
 
-        samples = [noisy(batch, self.seed, part(batch, loader), False) for batch in loader.micro_batches(step)]
-        if self.prior is None:
-            return samples
-        prior = self.prior
-        weighted = [(batch, prior.weight * part(batch, prior.loader)) for batch in prior.micro_batches(step)]
-        return samples + [noisy(batch, prior.seed, weight, True) for batch, weight in weighted]
+        found = [noisy(batch, self.seed, part(batch, loader), False) for batch in loader.micro_batches(step)]
+        if (prior := self.prior) is not None:
+            weighted = [(batch, prior.weight * part(batch, prior.loader)) for batch in prior.micro_batches(step)]
+            found += [noisy(batch, prior.seed, weight, True) for batch, weight in weighted]
+        return list(chain.from_iterable(found))
 
     def preserve(self, loader: Loader, batch: Batch, step: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the embeddings of the preservation prompts of a batch and their weights, on the CPU."""

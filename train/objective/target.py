@@ -16,17 +16,23 @@ a negative and a neutral prompt from the same noisy latents, the target of the n
 
 each brought to the mean and standard deviation of Z, so that images keep their contrast. (Concept Sliders, Gandikota et
 al. 2023; in this form in ai-toolkit, ConceptSliderTrainer.)
+
+A slider from pairs of images learns the flow of the one image at scale 1, and that of the other at scale -1, with the
+same noise at the same timestep, so that the two differ in what the pair differs in. (Concept Sliders, "visual sliders";
+ai-toolkit, ImageReferenceSliderTrainer.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from data.loader import Batch
 from data.sources.captions import PLACEHOLDER
 from flux2.models.variants import Variant
 from flux2.utils.checks import MAX_GUIDANCE
@@ -39,7 +45,17 @@ GUIDANCES = (0.01, 100.0)  # of a slider
 
 @dataclass(frozen=True)
 class Flow:
-    """The flow, on which the model was trained."""
+    """The flow, on which the model was trained.
+
+    Attributes:
+        name: Its choice in conf/target.
+        scales: Scales of the adapter at which it is trained.
+        uses_pairs: Whether it needs a rejected image for every sample.
+    """
+
+    name: ClassVar[str] = "flow"
+    scales: ClassVar[Sequence[float]] = (1.0,)
+    uses_pairs: ClassVar[bool] = False
 
     def check(self, variant: Variant, keep_best: int) -> None:
         """Raise ValueError if this target does not suit the model, or checkpoints that are kept by validation loss."""
@@ -52,9 +68,9 @@ class Flow:
         """Return every prompt that `prompts_for` may return, to be encoded."""
         return []
 
-    def adapter_scale(self, step: int) -> float:
-        """Return the scale of the adapter at which a step trains it."""
-        return 1.0
+    def at_scales(self, batch: Batch, step: int) -> list[tuple[Batch, float]]:
+        """Return what a step trains for a batch: batches of its size, and the scale of the adapter for each."""
+        return [(batch, 1.0)]
 
     def warnings(self, sample_guidance: float) -> list[str]:
         """Return warnings about the guidance scale of sample grids."""
@@ -73,6 +89,7 @@ class ContrastiveGuidance(Flow):
             1.
     """
 
+    name: ClassVar[str] = "contrastive"
     scale: float = 3.0
     schedule: str = "constant"
     optimized_scale: bool = False
@@ -138,6 +155,8 @@ class Slider(Flow):
         guidance: Factor g of the difference.
     """
 
+    name: ClassVar[str] = "slider"
+    scales: ClassVar[Sequence[float]] = (1.0, -1.0)
     positive: str
     negative: str
     neutral: str = CAPTION
@@ -176,8 +195,8 @@ class Slider(Flow):
     def all_prompts(self, captions: Iterable[str]) -> Iterable[str]:
         return chain.from_iterable(self.prompts_for([*captions, ""]))
 
-    def adapter_scale(self, step: int) -> float:
-        return 1.0 if step % 2 == 0 else -1.0
+    def at_scales(self, batch: Batch, step: int) -> list[tuple[Batch, float]]:
+        return [(batch, self.scales[step % 2])]
 
     def moved(self, positive: Tensor, negative: Tensor, neutral: Tensor, scale: float) -> Tensor:
         """Return the target (B, n, C) at a scale of the adapter, 1 or -1, for predictions (B, n, C)."""
@@ -185,3 +204,22 @@ class Slider(Flow):
         ends = (1, 2)
         off = moved - moved.mean(ends, keepdim=True)
         return neutral.mean(ends, keepdim=True) + off * (neutral.std(ends, keepdim=True) / off.std(ends, keepdim=True))
+
+
+@dataclass(frozen=True)
+class SliderImages(Flow):
+    """The flow of the chosen image of a pair at scale 1 of the adapter, and that of the rejected one at scale -1.
+
+    Every step trains both scales. Class images, which are no pairs, are trained at both too.
+    """
+
+    name: ClassVar[str] = "slider_images"
+    scales: ClassVar[Sequence[float]] = (1.0, -1.0)
+    uses_pairs: ClassVar[bool] = True
+
+    def at_scales(self, batch: Batch, step: int) -> list[tuple[Batch, float]]:
+        ends = batch.latents, batch.latents if batch.rejected is None else batch.rejected
+        return [
+            (replace(batch, latents=latents, rejected=None), scale)
+            for latents, scale in zip(ends, self.scales, strict=True)
+        ]

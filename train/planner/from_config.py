@@ -131,7 +131,7 @@ def workload_of(
         rows=settings.batch_size + held,
         held=held,
         frozen_rows=[rows for rows in (held + outside, guided) if rows],
-        accumulation=settings.gradient_accumulation,
+        accumulation=settings.gradient_accumulation * (len(config.target.scales) if config.target.uses_pairs else 1),
         averaged=settings.ema_decay > 0,
         class_rows=prior.images_per_batch(settings.batch_size) if prior else 0,
         class_pixels=config.class_image_size if prior and prior.draws else None,

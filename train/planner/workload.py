@@ -32,7 +32,7 @@ class Workload:
     rows: int = 1  # images in a micro-batch, including `held`
     held: int = 0  # the images that preservation adds, and the rejected ones of pairs
     frozen_rows: Sequence[int] = ()  # images of each prediction without a gradient that a micro-batch makes first
-    accumulation: int = 1
+    accumulation: int = 1  # micro-batches of a step; a slider from pairs has one for each end
     averaged: bool = False  # whether an EMA of the adapter is kept
     class_rows: int = 0  # class images in their own micro-batch
     class_pixels: tuple[int, int] | None = None  # of the class images that the base generates before training

@@ -22,8 +22,10 @@ from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
 from train.encoding.prepare import PICTURES, CacheRequest, prepare
-from train.objective.objective import Objective
+from train.objective.loss import MSE
+from train.objective.objective import Objective, check_pairs
 from train.objective.prior import ClassPictures
+from train.objective.target import Flow
 from train.stages.class_data import batch_of, class_dataset, class_loader, draw_class_images, make_loader
 from train.sweeps.reuse import SHARED
 from train.utils.network import is_offline
@@ -138,6 +140,8 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
 def prepare_samples(config: RunConfig, share: tuple[int, int] = (0, 1)) -> PreparedData:
     """Fill the cache for training, including class images, or a share of it: every n-th entry, as (i, n)."""
     request, classes = replace(cache_request(config), share=share), class_dataset(config)
+    check_pairs(config.loss, config.target, request.samples)
+    check_pairs(MSE(), Flow(), classes or [])
     captions = [caption for sample in classes or [] for caption in sample.captions]  # encoded in the same pass
     cached = prepare(config.accelerator, replace(request, prompts=[*request.prompts, *captions]))
     if config.prior is None:
@@ -156,6 +160,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     key = [config.precision.dtype, *(config.composed[name] for name in (*DATA_GROUPS, *DATA_KEYS))]
     prepared: PreparedData = SHARED.take("data", key, lambda: prepare_samples(config), config.say, "prepared data")
     cached, settings = prepared.cached, config.settings
+    check_pairs(config.loss, config.target, prepared.samples)  # of a job before, with another loss
     training, held_out = config.validation.split(cached.contents, cached.references, cached.pixels)
     if config.validation.held_out and len(held_out) > config.validation.held_out:
         config.say(
@@ -166,9 +171,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     all_samples, all_entries = samples, entries
     if prepared.classes is not None:
         all_samples, all_entries = [*samples, *prepared.classes[0]], [*entries, *prepared.classes[1].entries]
-    pairs = sum(entry.rejected_key is not None for entry in all_entries)
-    any_mask = any(entry.mask_key for entry in all_entries)
-    config.loss.check_samples(any_mask=any_mask, rejected=pairs, count=len(all_entries))
+    config.loss.check_masks(any(entry.mask_key for entry in all_entries))
     manifest = TrainedData.from_samples(all_samples, all_entries)
     # The key of an embedding also identifies the text encoder, wherever that is, and the dtype, which another device
     # may change: only keys of one dtype are compared.
@@ -186,7 +189,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     for reader, what in ((loader, "samples"), *([(prior.loader, "class images")] if prior else [])):
         if note := repeats(reader, what):
             config.say(note)
-    chosen = chosen_samples(prepared.samples, cached, held_out)
+    chosen = chosen_samples(prepared.samples, cached, held_out, both_ends=config.target.uses_pairs)
     noise = config.validation.seed, config.validation.times
     validator = FixedNoiseLoss(cached, chosen, *noise, config.processes.map, settings.batch_size) if chosen else None
     names = manifest.names[: len(samples)]

@@ -83,7 +83,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
         used = adapter if found.checkpoint is None else found.checkpoint / "adapter"
         config.say(f"careful   the adapter of the last step is not recommended: {found.unfit}")
     use = "try it" if found.unfit and found.checkpoint is None else "use it"
-    if config.target.adapter_scale(1) != 1:
+    if len(config.target.scales) > 1:
         config.say("scales    write --adapter FOLDER:-1 for the other end, and numbers between and beyond")
     config.say(f"{use}    {shlex.join(map(masked_text, words_to_generate(config, used, caption)))}")
 

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from data.cache.prepared import CachedDataset
 from data.loader import Batch
 from data.sampler import derived_generator
 from data.sources.base import Sample
+from flux2.adapters.loading import scaled
 from train.distributed.processes import Share, map_serially
 from train.objective.loss import flow_loss
 from train.objective.noise import Noised, noise_at
@@ -104,17 +105,26 @@ def groups_of(contents: Sequence[str], references: Sequence[Sequence[str]] = ())
 
 @dataclass(frozen=True)
 class Validated:
-    """A sample of the validation loss: its cache entry and caption, and the digest that determines its noise."""
+    """A sample of the validation loss: its cache entry and caption, and the digest that determines its noise.
+
+    With `both_ends`, its loss is the mean of that of its image and that of its rejected one at scale -1 of the adapter.
+    """
 
     name: str
     entry: LatentEntry
     caption: str
     content: str
+    both_ends: bool = False
 
 
-def chosen_samples(samples: Sequence[Sample], prepared: CachedDataset, indices: Sequence[int]) -> list[Validated]:
+def chosen_samples(
+    samples: Sequence[Sample], prepared: CachedDataset, indices: Sequence[int], both_ends: bool = False
+) -> list[Validated]:
     """Return the validation samples with these indices."""
-    return [Validated(samples[i].name, prepared.entries[i], samples[i].caption, prepared.contents[i]) for i in indices]
+    return [
+        Validated(samples[i].name, prepared.entries[i], samples[i].caption, prepared.contents[i], both_ends)
+        for i in indices
+    ]
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,17 @@ class FixedNoiseLoss:
 
     @torch.no_grad()
     def sample_losses(self, sample: Validated, model: nn.Module, guidance: float | None) -> Tensor:
-        """Return the losses (times,) of a sample on the CPU.
+        """Return the losses (times,) of a sample on the CPU."""
+        losses = self.image_losses(sample, model, guidance)
+        if not sample.both_ends:
+            return losses
+        assert sample.entry.rejected_key is not None
+        other = replace(sample, entry=replace(sample.entry, key=sample.entry.rejected_key))
+        with scaled(model, -1.0):
+            return (losses + self.image_losses(other, model, guidance)) / 2
+
+    def image_losses(self, sample: Validated, model: nn.Module, guidance: float | None) -> Tensor:
+        """Return the losses (times,) of the target of a sample on the CPU.
 
         The model predicts `rows` timesteps at a time, so that validation needs no more memory than training.
         """

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def model():
     return adapters.attach(helpers.transformers("dev")[0], rank=3).train()
 
 
-def pairs(count: int, mask: bool = False) -> MicroBatch:
+def pairs(count: int, mask: bool = False, references: Sequence[tuple[int, int]] = ()) -> MicroBatch:
     """A micro-batch of pairs; with `mask`, both images of a pair have one."""
-    batch, rejected = batch_of(count), batch_of(count, start=40).latents
+    batch, rejected = batch_of(count, references=references), batch_of(count, start=40).latents
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(2))
     batch = replace(masked(batch) if mask else batch, rejected=rejected, weights=torch.tensor([2.0, 0.5])[:count])
     return MicroBatch(batch, NoiseDraw(torch.tensor([0.3, 0.8])[:count], noise))
@@ -53,15 +54,17 @@ def objective(**settings: float) -> Objective:
     return Objective(0, LogitNormal(), DPO(**settings), Unweighted(), guidance=1.0)
 
 
+@pytest.mark.parametrize("references", [(), ((2, 2), (3, 1))], ids=["plain", "edits"])
 @pytest.mark.parametrize("mask", [False, True])
-def test_the_loss_accuracy_and_margin_are_those_of_the_formula(model, mask):
+def test_the_loss_accuracy_and_margin_are_those_of_the_formula(model, mask, references):
     stir(model)
-    micro_batch, base = pairs(2, mask), helpers.transformers("dev")[0]
+    micro_batch, base = pairs(2, mask, references), helpers.transformers("dev")[0]
     ours = objective(beta=3.0, unmasked_weight=0.2)
     losses = ours.losses(model, ours.prepare(micro_batch, torch.device("cpu")))
-    advantages = []
+    advantages, given = [], micro_batch.batch.references
     for latents in (micro_batch.batch.latents, micro_batch.batch.rejected):
         noised = add_noise(replace(micro_batch.batch, latents=latents), micro_batch.noise)
+        assert noised.tokens.shape[1] == 6 + sum(one.shape[2] * one.shape[3] for one in given)
         m = torch.ones(2, 6, 1) if noised.mask is None else noised.mask.clamp(0.2, 1)
         with torch.no_grad():
             errors = [
@@ -131,6 +134,41 @@ def test_a_pair_of_two_sizes_or_without_a_rejected_image_is_bad(votes):
         Preference(votes, rejected_folder="other")
 
 
+@pytest.fixture
+def edits(votes):
+    """The same pairs as edits of source/x.png and pose/x.png, which has another size."""
+    for name, start, size in (("source", 20, (48, 48)), ("pose", 25, (32, 48))):
+        (votes / name).mkdir()
+        for number in range(3):
+            draw_picture(start + number, size).save(votes / name / f"{number}.png")
+    return votes
+
+
+def test_the_references_of_a_pair_are_found_by_name_and_are_those_of_both_images(edits):
+    samples = Preference(edits, reference_folders=["source", "pose"])
+    assert [[Path(one.name).parent.name for one in sample.references] for sample in samples] == [["source", "pose"]] * 3
+    assert [Path(sample.rejected.name).parent.name for sample in samples] == ["rejected"] * 3
+    plan = plan_latents(MemoryCache(), samples, Buckets(48, flip=True), "vae", 48**2)
+    for variant in (variant for entry in plan.entries for variant in entry.variants):
+        kinds = [plan.work[key] for key in (variant.key, variant.rejected_key, *variant.reference_keys)]
+        assert [one.kind for one in kinds] == ["target", "target", "reference", "reference"]
+        assert len({one.cut.mirrored for one in kinds}) == 1
+    # the source may be what is rejected, and as many references as without a rejected image are allowed
+    assert len(Preference(edits, rejected_folder="source", reference_folders=["pose"] * 10)[0].references) == 10
+
+
+def test_a_pair_without_a_reference_or_with_one_image_twice_is_bad(edits):
+    (edits / "source" / "1.png").unlink()
+    with pytest.raises(BadData, match=r"1 of 3 .*\n.*chosen/1\.png has no image of its name in \S*source\n"):
+        Preference(edits, reference_folders=["source"])
+    with pytest.raises(ValueError, match=r"reference_folders=.*other"):
+        Preference(edits, reference_folders=["other"])
+    with pytest.raises(ValueError, match=r"dataset\.reference_folders='source' is str: it must be a list"):
+        Preference(edits, reference_folders="source")
+    with pytest.raises(BadData, match=r"chosen/0\.png is its own rejected image"):
+        Preference(edits, rejected_folder="chosen")
+
+
 def test_both_images_of_a_pair_are_cropped_and_mirrored_alike(votes):
     for name in ("chosen", "rejected"):
         for file in (votes / name).glob("*.[pb][nm][gp]"):
@@ -164,6 +202,25 @@ def test_a_run_logs_accuracy_and_margin_and_goes_on_to_the_bit(train, votes):
         train("other", *settings, start)
 
 
+def test_a_run_on_edits_validates_samples_and_goes_on_to_the_bit(train, edits):
+    settings = ["dataset=preference", f"dataset.path={edits}", "dataset.reference_folders=[source,pose]", "loss=dpo"]
+    settings += ["loss.beta=100", "checkpoint_every=2", "validate_every=2", "reference_dropout=0.4", "sample_every=4"]
+    settings += ["sample.prompts=[a red cup]", f"sample.references=[[{edits}/source/0.png]]", "sample.steps=2"]
+    whole = train("whole", *settings)
+    assert (whole / "samples" / "step_000004.png").is_file()
+    assert len(values(whole, "preference_margin")) == 4
+    assert len(values(whole, "validation_loss")) == 3
+    start = f"resume={whole / 'checkpoints' / 'step_000002'}"
+    rest = train("rest", *settings, start)
+    assert lines(rest) == [line for line in lines(whole) if line["step"] > 2]
+    assert same_tensors(adapter(rest), adapter(whole))
+    without = train("without", *[one for one in settings if not one.startswith(("dataset.ref", "reference_"))])
+    assert values(without) != values(whole)
+    draw_picture(30, (32, 48)).save(edits / "pose" / "2.png")
+    with pytest.raises(ValueError, match=r"samples.*1 changed.*2\.png"):
+        train("other", *settings, start)
+
+
 def test_on_the_embedded_model_pairs_that_prefer_red_over_blue_move_the_color_of_the_probe(tmp_path, cache_folder):
     folder = tmp_path / "pairs"
     for name, color in (("chosen", "red"), ("rejected", "blue")):
@@ -192,11 +249,39 @@ def test_on_the_embedded_model_pairs_that_prefer_red_over_blue_move_the_color_of
     assert after["blue"] == 0
 
 
+def test_on_the_embedded_model_edits_that_prefer_red_turn_new_references_red(tmp_path, cache_folder):
+    folder = tmp_path / "edits"
+    colors = {"cup": "green", "star": "yellow", "heart": "purple", "fish": "pink", "bell": "orange", "key": "brown"}
+    for name in ("source", "chosen", "rejected"):
+        (folder / name).mkdir(parents=True)
+        for shape, color in colors.items():
+            shown = {"source": color, "chosen": "red", "rejected": "blue"}[name]
+            draw(Drawing(shape, shown, "white", "large")).save(folder / name / f"{shape}.png")
+    settings = ["dataset=preference", f"dataset.path={folder}", "dataset.reference_folders=[source]", "loss=dpo"]
+    settings += ["dataset.prompt=change its color", "loss.beta=200", "batch_size=2", "steps=40", "optimizer.lr=1e-3"]
+    off = ["log_every=10", "checkpoint_every=0", "sample_every=0", "validate_every=0", "sample.prompts=[]"]
+    places = [f"output_dir={tmp_path / 'run'}", f"cache_dir={cache_folder}", "device=cpu"]
+    run = run_training(compose(*settings, *off, *places)).parent
+    pipe = flux2.load("tiny", device="cpu")
+    given = [(shape, ground) for shape in ("star", "moon", "crown") for ground in ("white", "blue")]
+
+    def edited() -> list[tuple[str, str, str]]:
+        references = [draw(Drawing(shape, "purple", ground, "large")) for shape, ground in given]
+        images = [pipe.generate("change its color", references=[one], seed=3, steps=8)[0] for one in references]
+        return [(one.shape, one.background, one.color) for one in map(read, images)]
+
+    assert sum(color == "red" for *_, color in edited()) <= 1
+    pipe.load_adapter(run)
+    after = edited()
+    assert [tuple(one) for *one, _ in after] == given
+    assert sum(color == "red" for *_, color in after) >= 5
+
+
 # ------------------------------------------------------------------ settings
 
 
 def test_the_dataset_and_the_loss_need_each_other(train, votes):
-    with pytest.raises(ValueError, match=r"dataset=preference has rejected images, which only loss=dpo trains"):
+    with pytest.raises(ValueError, match=r"dataset=preference has rejected images, which only loss=dpo and target"):
         train("mse", "dataset=preference", f"dataset.path={votes}")
     with pytest.raises(ValueError, match=r"loss=dpo needs a rejected image for every sample, and 6 of 6 have none"):
         train("dpo", "loss=dpo")
@@ -222,8 +307,14 @@ def test_the_planner_counts_both_images_with_and_without_the_adapter(small):
         run = load_config(compose(*small("batch_size=4", *more)))
         job = workload_of(run, on_gpu=True)
         work = Planner(job).predict(choice_of(run.composed["memory"])).work
+        tokens.append(job.shape.tokens)
         return (job.rows, job.held, job.frozen_rows), sum(work.flops.values())
 
+    tokens: list[int] = []
     (rows, plain), (pair_rows, paired) = planned(), planned("loss=dpo")
+    places = ["dataset=preference", "dataset.path=/votes", "dataset.reference_folders=[source,pose]"]
+    planned("loss=dpo", *places)
+    assert tokens[1] - tokens[0] == 0
+    assert tokens[2] - tokens[0] == 2 * 9  # references of 48 x 48 pixels
     assert (rows, pair_rows) == ((4, 0, []), (8, 4, [8]))
     assert paired == pytest.approx(2 * 1.25 * plain, rel=0.06)

@@ -46,8 +46,9 @@ def test_prompts_have_the_caption_where_it_stands():
     slider = Slider("an old {caption}, {caption}", "young", "a {caption}")
     assert slider.prompts_for(["cup", ""]) == [["an old cup, cup", "an old , "], ["young"] * 2, ["a cup", "a "]]
     assert set(slider.all_prompts(["cup"])) == {"an old cup, cup", "young", "a cup", "an old , ", "a "}
-    assert [slider.adapter_scale(step) for step in range(4)] == [1, -1, 1, -1]
-    assert {Flow().adapter_scale(step) for step in range(4)} == {1}
+    batch = batch_of(1)
+    assert [slider.at_scales(batch, step) for step in range(3)] == [[(batch, 1)], [(batch, -1)], [(batch, 1)]]
+    assert {Flow().at_scales(batch, step)[0][1] for step in range(4)} == {1}
 
 
 def test_the_loss_compares_the_neutral_prompt_at_a_scale_to_predictions_of_the_base():
