@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import APIRouter, Request, Response
 
+from train.checkpoints.checkpoint import CONFIG_FILE
 from train.pages.base import Form, page, studio
 
 router = APIRouter()
@@ -27,8 +30,17 @@ def one(request: Request, number: int) -> Response:
 
 @router.get("/jobs/{number}/live")
 def output(request: Request, number: int) -> Response:
-    queue = studio(request).queue
-    return page(request, "job_output.html", job=queue.job(number), output=queue.tail(number))
+    known = studio(request)
+    job = known.queue.job(number)
+    folder = Path(job.folder) if job.folder else None
+    return page(
+        request,
+        "job_output.html",
+        job=job,
+        output=known.queue.tail(number),
+        folder="" if folder is None else known.workspace.show(folder),
+        is_run=folder is not None and (folder / CONFIG_FILE).is_file(),
+    )
 
 
 @router.post("/jobs/stop")

@@ -21,9 +21,11 @@ from flux2.generate.metadata import Record
 from flux2.models.variants import VARIANTS
 from flux2.utils.choices import PRECISIONS
 from train.checkpoints.checkpoint import checkpoints
+from train.checkpoints.resume import configuration
 from train.pages.base import Form, Studio, page, studio
 from train.pages.settings import SettingError
 from train.utils.files import make_new
+from train.validation.twin import twins
 
 router = APIRouter()
 IMAGES = "studio/images"
@@ -92,6 +94,18 @@ def adapters(known: Studio) -> list[str]:
     return found
 
 
+def usual_model(known: Studio, adapter: str) -> str:
+    """Return the model that draws with an adapter of a run: the distilled one of the base that it was trained on."""
+    folder = known.workspace.resolve(adapter) if adapter else next(iter(known.workspace.runs()), Path())
+    for run in (folder, folder.parent, folder.parent.parent):
+        try:
+            name = str(configuration(run)["model"]["name"])
+        except (ValueError, OSError, KeyError, TypeError):  # it is no run folder
+            continue
+        return next(iter(twins(VARIANTS[name])), name) if name in VARIANTS else "tiny"
+    return "tiny"
+
+
 def words(known: Studio, wish: Wish) -> list[str]:
     """Return the command of a wish, without the file that it writes.
 
@@ -142,6 +156,7 @@ def show(request: Request, image: str = "", adapter: str = "") -> Response:
         title="Try",
         record=record,
         adapter=adapter,
+        model=record.model if record else usual_model(known, adapter),
         models=list(VARIANTS),
         precisions=PRECISIONS,
         adapters=adapters(known),

@@ -9,6 +9,7 @@ const start = root => {
   for (const field of root.querySelectorAll('[data-refresh]')) field.addEventListener('change', refresh);
   for (const field of root.querySelectorAll('[data-go]'))
     field.addEventListener('change', () => location.assign(field.dataset.go + encodeURIComponent(field.value)));
+  for (const log of root.querySelectorAll('.log')) log.scrollTop = log.scrollHeight;
   for (const button of root.querySelectorAll('[data-add]')) button.addEventListener('click', () => {
     const field = document.querySelector(button.dataset.add);
     field.value = [field.value.trimEnd(), button.value].filter(Boolean).join('\n');
