@@ -102,7 +102,8 @@ def usual_model(known: Studio, adapter: str) -> str:
             name = str(configuration(run)["model"]["name"])
         except (ValueError, OSError, KeyError, TypeError):  # it is no run folder
             continue
-        return next(iter(twins(VARIANTS[name])), name) if name in VARIANTS else "tiny"
+        same = [name, *twins(VARIANTS[name])] if name in VARIANTS else ["tiny"]
+        return min(same, key=lambda other: VARIANTS[other].steps)
     return "tiny"
 
 

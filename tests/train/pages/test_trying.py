@@ -114,3 +114,13 @@ def test_pages_without_runs_say_so(page):
     assert "no finished adapter" in page.get("/export").text
     assert page.get("/try").status_code == 200
     assert page.get("/export", params={"adapter": "outputs/gone/adapter"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("trained", "drawn"), [("klein_base_4b", "klein_4b"), ("klein_4b", "klein_4b"), ("dev", "dev")]
+)
+def test_an_adapter_is_tried_with_the_fast_model_that_it_fits(page, trained, drawn):
+    run = page.known.workspace.outputs / "mine" / "1"
+    (run / "adapter").mkdir(parents=True)
+    (run / "config.yaml").write_text(f"steps: 1\nmodel: {{name: {trained}}}\n")
+    assert f"<option selected>{drawn}</option>" in page.get("/try", params={"adapter": "outputs/mine/1/adapter"}).text
