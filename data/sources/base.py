@@ -223,7 +223,9 @@ class Source(Sequence[Sample]):
         """Yield the same, with what earlier starts know of the images."""
         for part in in_parts(found, AT_ONCE):
             if self._known is not None:
-                self._known.recall(picture for one in part if isinstance(one, Sample) for picture in one.pictures)
+                samples = (one.sample if isinstance(one, CaptionPlace) else one for one in part)
+                found_here = (sample for sample in samples if isinstance(sample, Sample))
+                self._known.recall(picture for sample in found_here for picture in sample.pictures)
             yield from part
 
     def _without_caption(self, sample: Sample, place: str) -> Bad | CaptionPlace:

@@ -35,6 +35,11 @@ TAIL = 20_000  # bytes of a log that are shown
 POLL_SECONDS = 1.0
 
 
+def typed(command: Sequence[str]) -> str:
+    """Return a command as one types it, without secrets."""
+    return masked_command(["python" if word == sys.executable else word for word in command])
+
+
 @dataclass(frozen=True)
 class Job:
     """A command and what became of it. Lost: it ended without saying how, for example because it was killed."""
@@ -55,8 +60,7 @@ class Job:
     @property
     def shown(self) -> str:
         """The command as one types it, without secrets."""
-        words = ["python" if word == sys.executable else word for word in self.command]
-        return masked_command(words)
+        return typed(self.command)
 
     @property
     def is_active(self) -> bool:

@@ -5,6 +5,18 @@ const start = root => {
   for (const form of root.querySelectorAll('form[data-post]')) form.addEventListener('submit', send);
   for (const text of root.querySelectorAll('[data-copy]')) addCopyButton(text);
   for (const box of root.querySelectorAll('[data-live]')) keepCurrent(box);
+  for (const image of root.querySelectorAll('img[data-tell]')) tellProblem(image);
+};
+
+// Puts what is wrong with an image in its place.
+const tellProblem = image => {
+  const tell = async () => {
+    const found = await ask(image.src).catch(() => ({error: 'the studio does not answer'}));
+    const note = Object.assign(document.createElement('p'), {className: 'said bad', textContent: found.error || image.alt});
+    (image.closest('.frame') || image).replaceWith(note);
+  };
+  if (image.complete && image.currentSrc && !image.naturalWidth) tell();
+  else image.addEventListener('error', tell);
 };
 
 const addCopyButton = text => {
