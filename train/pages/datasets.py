@@ -12,7 +12,7 @@ import re
 import shlex
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache as memoized
@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.buckets import Buckets
 from data.cache.image_digests import settled_stamp, stamp_of
 from data.files import user_path
-from data.sources import Bad, Captions, Source
+from data.sources import Bad, Captions, Sample, Source
 from data.sources.base import CAPTION_PLACES, BadData, CaptionPlace
 from data.sources.images import KNOWN_FILES, FileOpener, Header, Picture
 from data.sources.open_table import is_local
@@ -98,7 +98,8 @@ class OpenedDataset:
 
     chosen: Chosen
     places: list[CaptionPlace]  # of all samples that were checked, with the reasons of bad ones
-    bad: list[Bad]  # all that training cannot use, in its words
+    bad: list[Bad]  # samples that training cannot use, in its words
+    later: list[Bad]  # further ones, which training reports when it gets to their dataset or their sizes
     problem: str  # the message with which training would stop; empty if it would not
     notes: list[str]  # what training would warn of
     buckets: Buckets
@@ -117,7 +118,7 @@ class OpenedDataset:
     @cached_property
     def reasons(self) -> dict[str, str]:
         """The reasons of bad samples by name."""
-        return {bad.name: bad.reason for bad in self.bad}
+        return {bad.name: bad.reason for bad in (*self.later, *self.bad)}
 
     @property
     def unwritten(self) -> list[CaptionPlace]:
@@ -246,43 +247,47 @@ class Library:
         buckets: Buckets = parse_settings("buckets", sizes, Buckets)
         captions = group.get("captions")
         preparation = instantiate("dataset.captions", captions) if isinstance(captions, Mapping) else Captions()
-        places, bad, problem = list[CaptionPlace](), list[Bad](), ""
+        places, found, small = list[CaptionPlace](), list[Bad](), too_small(buckets)
         token, known = CAPTION_PLACES.set(places), KNOWN_FILES.set(self._headers)
         try:
             with warnings_of_data() as notes:
                 try:
-                    bad = instantiate("dataset", skipping_all(group)).bad
+                    found = instantiate("dataset", skipping_all(group)).bad
                 except BadData as error:
-                    bad, problem = error.bad, str(error)
+                    found = error.bad
+                    if not places:
+                        raise
+            CAPTION_PLACES.set(None)
             good = [place for place in places if not place.reason]
             self._headers.keep(picture for place in good for picture in place.sample.pictures)
-            CAPTION_PLACES.reset(token)
-            token = CAPTION_PLACES.set(None)
-            is_small = any(buckets.assign(*size) is None for size in {place.sample.target.size for place in good})
-            if bad or is_small or any(not place.written for place in good):
-                bad, problem, notes = as_training(group, buckets, bad)
+            found += [Bad(place.sample.name, reason) for place in good if (reason := small(place.sample))]
+            bad, problem = list[Bad](), ""
+            if found or any(not place.written for place in good):
+                bad, problem, notes = as_training(group, small)
         finally:
             CAPTION_PLACES.reset(token)
             KNOWN_FILES.reset(known)
-        return OpenedDataset(chosen, places, bad, problem, notes, buckets, pixels, preparation)
+        named = {one.name for one in bad}
+        later = [one for one in found if one.name not in named]
+        return OpenedDataset(chosen, places, bad, later, problem, notes, buckets, pixels, preparation)
 
 
-def as_training(group: Mapping[str, Any], buckets: Buckets, found: Sequence[Bad]) -> tuple[list[Bad], str, list[str]]:
-    """Return the bad samples of a dataset, the message with which training stops at them, and what it warns of.
+def too_small(buckets: Buckets) -> Callable[[Sample], str]:
+    """Return a function that returns why a sample has no bucket, empty if it has one."""
 
-    Args:
-        found: Bad samples that are known already. Training stops at the first dataset of a mix with too many.
-    """
-    problem = ""
+    @memoized  # most images share few sizes
+    def reason(width: int, height: int) -> str:
+        return "" if buckets.assign(width, height) else buckets.too_small(width, height)
+
+    return lambda sample: reason(*sample.target.size)
+
+
+def as_training(group: Mapping[str, Any], small: Callable[[Sample], str]) -> tuple[list[Bad], str, list[str]]:
+    """Return the bad samples of a dataset, the message with which training stops at them, and what it warns of."""
     with warnings_of_data() as notes:
         try:
             source: Source = instantiate("dataset", group)
-            bad, assign = source.bad, memoized(buckets.assign)
-            small = {i: sample.target.size for i, sample in enumerate(source) if not assign(*sample.target.size)}
-            if small:
-                source.leave_out({index: buckets.too_small(*size) for index, size in small.items()})
-                bad = source.bad
+            source.leave_out({i: reason for i, sample in enumerate(source) if (reason := small(sample))})
+            return source.bad, "", notes
         except BadData as error:
-            bad, problem = error.bad, str(error)
-    together = {one.name: one for one in (*found, *bad)}
-    return list(together.values()), problem, notes
+            return error.bad, str(error), notes

@@ -123,6 +123,8 @@ def pictures(
     number = min(number, pages)
     part = matching[(number - 1) * ON_A_PAGE : number * ON_A_PAGE]
 
+    template = "edit" if chosen.dataset == "pairs" else TEMPLATES[0]
+
     def address(**other: Any) -> str:
         given = {"show": show, "trigger": trigger, "search": search, **other}
         return f"/pictures?{urlencode({**asdict(chosen), **given}, errors='surrogateescape')}"
@@ -147,7 +149,8 @@ def pictures(
         method=METHOD,
         templates=TEMPLATES,
         writes=chosen.dataset in WITH_FILES,
-        write_command=typed(write_command(chosen, "edit" if chosen.dataset == "pairs" else "subject", "")),
+        template=template,
+        write_command=typed(write_command(chosen, template, "")),
         near_command=typed(near_command(known, chosen)),
         **values,
     )
