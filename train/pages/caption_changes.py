@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data.sources.base import CaptionPlace
 from data.sources.captions import with_trigger
 from train.pages.datasets import OpenedDataset
 from train.pages.workspace import Workspace
 from train.utils.caption_files import Change, change_captions, is_writable, state_of
+from train.utils.files import reason
 from train.utils.text import many
 
 
@@ -37,11 +37,10 @@ class Changes:
         for change in self.changes:
             files.setdefault(str(change.place.file), []).append(change)
         done = 0
-        for file, changes in files.items():
+        for changes in files.values():
             try:
-                workspace.resolve(file)
-                change_captions(changes)
-            except (ValueError, OSError) as error:
+                write(workspace, changes)
+            except ValueError as error:
                 raise ValueError(
                     f"{many(done, 'caption')} of {len(self.changes):,} are changed, and no more: {error}"
                 ) from error
@@ -50,31 +49,44 @@ class Changes:
 
 
 def changes_of(opened: OpenedDataset, change: Callable[[str], str]) -> Changes:
-    """Return what a function of a caption changes. Raises ValueError for captions that training could not use."""
-    found, fixed = list[Change](), 0
+    """Return what a function of a caption changes; of samples that share a caption, once."""
+    found, fixed = dict[tuple[str, int | None], Change](), 0
     for place in opened.places:
-        after = tuple(change(text.rstrip("\n")) for text in place.written)
-        if after == tuple(text.rstrip("\n") for text in place.written):
-            continue
-        if not is_writable(place):
+        before = tuple(text.rstrip("\n") for text in place.written)
+        after = tuple(map(change, before))
+        if after != before and is_writable(place):
+            found.setdefault((str(place.file), place.line), Change(place, after))
+        elif after != before:
             fixed += 1
-            continue
-        check(opened, place, after)
-        found.append(Change(place, after))
-    return Changes(found, fixed)
+    return Changes(list(found.values()), fixed)
 
 
-def check(opened: OpenedDataset, place: CaptionPlace, captions: Sequence[str]) -> None:
-    """Raise ValueError if training could not use these captions."""
+def check(opened: OpenedDataset, changes: Sequence[Change]) -> None:
+    """Raise ValueError if training could not use the captions that are to be written."""
+    for place, captions in changes:
+        try:
+            opened.captions.prepare(captions)
+        except ValueError as error:
+            raise ValueError(f"nothing is written: {place.sample.name} then {error}") from error
+
+
+def write(workspace: Workspace, changes: Sequence[Change]) -> None:
+    """Write captions of one file. Raises ValueError if that is not possible, Refused for a file that is elsewhere."""
+    file = changes[0].place.file
+    workspace.resolve(str(file))
     try:
-        opened.captions.prepare(captions)
-    except ValueError as error:
-        raise ValueError(f"nothing is written: {place.sample.name} then {error}") from error
+        change_captions(changes)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written ({reason(error)})") from error
 
 
 def insertions(opened: OpenedDataset, trigger: str) -> Changes:
     """Return the changes that put a trigger word in front of each caption without it."""
-    return changes_of(opened, lambda text: with_trigger(text.strip(), trigger))
+
+    def change(text: str) -> str:
+        return text if with_trigger(text, trigger) == text else with_trigger(text.strip(), trigger)
+
+    return changes_of(opened, change)
 
 
 def replacements(opened: OpenedDataset, find: str, by: str) -> Changes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shlex
 import threading
@@ -200,6 +201,13 @@ def check_places(workspace: Workspace, group: Mapping[str, Any], base: Path | No
                     workspace.resolve(name if key in ("path", "picture_folder") or base is None else base / name)
 
 
+def check_folders(workspace: Workspace, places: Iterable[CaptionPlace]) -> None:
+    """Raise Refused if images are in a folder outside of the opened ones, which a link may lead to."""
+    opened = (place.sample.target.open for place in places)
+    for folder in {os.path.dirname(one.path) for one in opened if isinstance(one, FileOpener)}:
+        workspace.resolve(folder or ".")
+
+
 def skipping_all(group: Any) -> Any:
     """Return the group `dataset` with any number of bad samples allowed, also in the datasets that it mixes."""
     if not isinstance(group, Mapping):
@@ -258,6 +266,7 @@ class Library:
                     if not places:
                         raise
             CAPTION_PLACES.set(None)
+            check_folders(workspace, places)
             good = [place for place in places if not place.reason]
             self._headers.keep(picture for place in good for picture in place.sample.pictures)
             found += [Bad(place.sample.name, reason) for place in good if (reason := small(place.sample))]

@@ -27,7 +27,7 @@ from train.pages.picture_items import Item, item_of
 from train.pages.queue import typed
 from train.pages.settings import SettingError
 from train.pages.thumbnails import SIDES, Thumbnails
-from train.utils.caption_files import Change, change_captions, is_writable, state_of
+from train.utils.caption_files import Change, is_writable, state_of
 from train.utils.redact import masked_text
 from train.utils.text import many
 
@@ -149,7 +149,7 @@ def pictures(
         method=METHOD,
         templates=TEMPLATES,
         writes=chosen.dataset in WITH_FILES,
-        template=template,
+        described=template,
         write_command=typed(write_command(chosen, template, "")),
         near_command=typed(near_command(known, chosen)),
         **values,
@@ -239,14 +239,13 @@ def caption(request: Request, form: CaptionForm) -> Any:
     try:
         if not is_writable(place):
             raise ValueError(f"the captions of {place.sample.name} are not in a file that is written here")
-        caption_changes.check(opened, place, captions)
+        caption_changes.check(opened, [Change(place, captions)])
         if captions == tuple(text.strip() for text in place.written):
             said = "nothing to save"
         else:
-            known.workspace.resolve(str(place.file))
-            change_captions([Change(place, captions)])
-    except (ValueError, OSError) as error:
-        return error_response(request, 400, f"not saved: {error}", "caption")
+            caption_changes.write(known.workspace, [Change(place, captions)])
+    except ValueError as error:
+        return error_response(request, 400, str(error), "caption")
     opened = LIBRARY.read(known.workspace, form.chosen)
     place = place_of(opened, form.key)
     if place is None:
@@ -264,7 +263,7 @@ def trigger(request: Request, form: TriggerForm) -> Any:
     if not form.trigger.strip():
         return error_response(request, 400, "give the word that each caption should have", "trigger")
     opened = LIBRARY.read(studio(request).workspace, form.chosen)
-    return previewed(request, form, insertions(opened, form.trigger.strip()), "/pictures/trigger")
+    return previewed(request, form, opened, insertions(opened, form.trigger.strip()), "/pictures/trigger")
 
 
 @router.post("/pictures/replace")
@@ -273,12 +272,15 @@ def replace_all(request: Request, form: ReplaceForm) -> Any:
     if not form.find:
         return error_response(request, 400, "give the text to find", "find")
     opened = LIBRARY.read(studio(request).workspace, form.chosen)
-    return previewed(request, form, replacements(opened, form.find, form.by), "/pictures/replace")
+    return previewed(request, form, opened, replacements(opened, form.find, form.by), "/pictures/replace")
 
 
-def previewed(request: Request, form: TriggerForm | ReplaceForm, found: Changes, address: str) -> Any:
+def previewed(
+    request: Request, form: TriggerForm | ReplaceForm, opened: OpenedDataset, found: Changes, address: str
+) -> Any:
     """Return what changes; with the state of an earlier such answer, change it if it is still the same."""
     done = 0
+    caption_changes.check(opened, found.changes)
     if form.state and form.state != found.state:
         text = "nothing is written: the captions were changed since they were shown. Look at the new list"
         return error_response(request, 409, text)
