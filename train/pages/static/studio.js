@@ -59,6 +59,7 @@ const ask = async (address, body) => {
   } catch { return {error: `the studio answered with error ${answer.status}`}; }
 };
 
+// A field may be called dataset, which hides `form.dataset`.
 const send = async event => {
   event.preventDefault();
   const form = event.currentTarget, buttons = form.querySelectorAll('button');
@@ -68,12 +69,12 @@ const send = async event => {
   if (event.submitter && event.submitter.name) values[event.submitter.name] = event.submitter.value;
   for (const button of buttons) button.disabled = true;
   let found;
-  try { found = await ask(form.dataset.post, values); }
+  try { found = await ask(form.getAttribute('data-post'), values); }
   catch { found = {error: 'the studio does not answer: is it still running?'}; }
   for (const button of buttons) button.disabled = false;
   if (found.redirect) { location.assign(found.redirect); return; }
   if (found.html !== undefined) {
-    const into = document.querySelector(form.dataset.into);
+    const into = document.querySelector(form.getAttribute('data-into'));
     into.innerHTML = found.html;
     start(into);
   }
