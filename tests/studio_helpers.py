@@ -22,7 +22,7 @@ class Page(TestClient):
         super().__init__(application(known), base_url=f"http://{HOST}", follow_redirects=False)
         self.known = known
 
-    def submit(self, address: str, **values: object) -> dict:
+    def submit(self, address: str, /, **values: object) -> dict:
         """Send a form and return the answer, with its status."""
         answer = self.post(address, json=values, headers={"Origin": f"http://{HOST}"})
         return {"status": answer.status_code, **answer.json()}

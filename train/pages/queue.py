@@ -36,10 +36,15 @@ WAITING, RUNNING, DONE, FAILED, STOPPED, LOST = "waiting", "running", "done", "f
 STATES = (WAITING, RUNNING, DONE, FAILED, STOPPED, LOST)
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {ROOT / "train" / f"{name}.py" for name in ("run", "cache", "caption", "evaluate")}
-MODULES = ("flux2.generate", "flux2.export", "train.hub")
+MODULES = ("flux2.generate", "flux2.export", "train.hub", "train.pages.near_duplicates")
 MOST_BYTES = 1 << 20  # of a job's file
 TAIL = 20_000  # bytes of a log that are shown
 POLL_SECONDS = 1.0
+
+
+def typed(command: Sequence[str]) -> str:
+    """Return a command as one types it, without secrets."""
+    return masked_command(["python" if word == sys.executable else word for word in command])
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ class QueuedJob:
     @property
     def shown(self) -> str:
         """The command as one types it, without secrets."""
-        words = ["python" if word == sys.executable else word for word in self.command]
-        return masked_command(words)
+        return typed(self.command)
 
     @property
     def is_active(self) -> bool:

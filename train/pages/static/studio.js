@@ -15,6 +15,7 @@ const start = root => {
     field.value = [field.value.trimEnd(), button.value].filter(Boolean).join('\n');
   });
   for (const field of root.querySelectorAll('[data-filter]')) field.addEventListener('input', () => filter(field));
+  for (const image of root.querySelectorAll('img[data-tell]')) tellProblem(image);
 };
 
 // Shows only the rows of `data-filter` that have all words.
@@ -31,6 +32,17 @@ const refresh = async event => {
   if (found.html === undefined) return say(field.form, found);
   into.innerHTML = found.html;
   start(into);
+};
+
+// Puts what is wrong with an image in its place.
+const tellProblem = image => {
+  const tell = async () => {
+    const found = await ask(image.src).catch(() => ({error: 'the studio does not answer'}));
+    const note = Object.assign(document.createElement('p'), {className: 'said bad', textContent: found.error || image.alt});
+    (image.closest('.frame') || image).replaceWith(note);
+  };
+  if (image.complete && image.currentSrc && !image.naturalWidth) tell();
+  else image.addEventListener('error', tell);
 };
 
 const addCopyButton = text => {
@@ -77,6 +89,7 @@ const ask = async (address, body) => {
   } catch { return {error: `the studio answered with error ${answer.status}`}; }
 };
 
+// A field may be called dataset, which hides `form.dataset`.
 const send = async event => {
   event.preventDefault();
   const form = event.currentTarget, buttons = form.querySelectorAll('button');
