@@ -112,8 +112,8 @@ def workload_of(
     rejected = settings.batch_size if isinstance(config.loss, DPO) else 0
     held = config.preservation.rows(settings.batch_size) + rejected
     prior, outside = config.prior, settings.batch_size if config.loss.needs_base else 0
-    guides = 1 if isinstance(config.target, ContrastiveGuidance) else len(config.target.prompts_for([]))
-    guided = guides * settings.batch_size
+    is_contrastive = isinstance(config.target, ContrastiveGuidance)  # all rows have the empty prompt
+    guided = settings.batch_size * (1 if is_contrastive else len(config.target.prompts_for([])))
     precision = precision or planned_precision(config, on_gpu, in_fp8)
     is_usual = config.memory.attention is None and config.memory.kernels == "torch" and num_gpus == 1
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
@@ -131,6 +131,7 @@ def workload_of(
         rows=settings.batch_size + held,
         held=held,
         frozen_rows=[rows for rows in (held + outside, guided) if rows],
+        guides=1 if is_contrastive else guided,
         accumulation=settings.gradient_accumulation * (len(config.target.scales) if config.target.uses_pairs else 1),
         averaged=settings.ema_decay > 0,
         class_rows=prior.images_per_batch(settings.batch_size) if prior else 0,
