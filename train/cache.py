@@ -1,4 +1,4 @@
-"""Fill the cache: `accelerate launch train/cache.py +experiment=tarot [+prune=true]`.
+"""Fill the cache: `python train/cache.py +experiment=tarot [+prune=true]`.
 
 Training also computes missing entries. This command prepares a dataset on a machine where the encoders fit (the text
 encoder of dev needs 35 GB in bfloat16), so that training elsewhere loads neither. One encoder is in memory at a time;

@@ -1,4 +1,4 @@
-"""Train a LoRA: `accelerate launch train/run.py +experiment=tarot [key=value ...]`, or with plain `python`.
+"""Train a LoRA: `python train/run.py +experiment=tarot [key=value ...]`, or with `accelerate launch` (docs/scaling.md).
 
 Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/.
 """

@@ -265,6 +265,16 @@ def test_a_mistake_on_the_command_line_of_the_entry_file_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_launcher_adds_nothing_to_an_error_with_the_configuration_that_the_documentation_names():
+    table = (ROOT / "docs" / "scaling.md").read_text()
+    words = re.search(r"`accelerate launch (--quiet [^`]*) train/run.py ...`", table)[1].split()
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    done = execute([*accelerate, "train/run.py", "adapter.rnk=4"])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert holds(one_message(done.stderr), "adapter.rnk=4 ... adapter.rank?")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_draw_a_grid_when_asked_and_a_stop_request_to_their_launcher_saves_once(
     pictures, tmp_path, number
