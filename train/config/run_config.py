@@ -156,6 +156,7 @@ class RunConfig:
                     "the images, which a slider does not learn. Set validate_every=0, and compare sample grids"
                 )
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
+        self.text_encoder.check(self.variant)
         self.tracker = self.instantiate("tracker")
 
     def with_memory(self, chosen: dict[str, Any]) -> RunConfig:

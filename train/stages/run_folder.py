@@ -54,7 +54,8 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
 
 
 def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
-    """Check that the adapter can be pushed, then choose the run folder, create it and lock it."""
+    """Check tracker and upload, then choose the run folder, create it and lock it."""
+    config.tracker.check()
     config.hub.check()
     output = str(folder_of_job()) if is_sweep() else config.settings.output_dir
     new = user_path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
