@@ -36,6 +36,7 @@ FEATURES = [file.stem for file in FILES if file.parts[0] == "features"]  # of co
 HYDRA = [(file.parent.name, file.stem) for file in FILES if file.parts[0] == "hydra"]  # how a sweep is run
 # what a choice asks for
 NEEDS = {
+    ("text_encoder", "remote"): ["model=dev"],  # whose endpoint it is
     ("dataset", "folder"): ["dataset.path=/pictures"],
     ("dataset", "huggingface"): ["dataset.path=someone/cards"],
     ("dataset", "mix"): ["+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/pictures"],

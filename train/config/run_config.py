@@ -167,11 +167,17 @@ class RunConfig:
         other.precision = other.memory.with_layouts(self.precision)
         return other
 
-    def with_prompts(self, prompts: Sequence[str]) -> RunConfig:
-        """Return a copy that samples `prompts` without references."""
+    def with_prompts(self, prompts: Sequence[str], references: Sequence[Sequence[str]] = ()) -> RunConfig:
+        """Return a copy that samples `prompts`, each with its list of `references`; by default with none."""
         other = copy.copy(self)
-        other.sample = replace(self.sample, prompts=list(prompts), references=[])
+        lists = [list(paths) for paths in references]
+        other.sample = replace(self.sample, prompts=list(prompts), references=lists)
         return other
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether the run draws sample grids, of its prompts or of the first captions."""
+        return self.sample.count > 0 and self.settings.sample_every > 0
 
     def dry_run(self, model: Transformer | None = None) -> RunConfig:
         """Return this configuration after checks on a model without memory, so that errors are reported early.
@@ -207,7 +213,7 @@ class RunConfig:
         if self.accelerator.is_main_process:
             drawing = self.variant if self.twin is None else self.twin.variant
             scale = drawing.guidance if self.sample.guidance is None else self.sample.guidance
-            guidance = self.target.warnings(scale) if self.sample.prompts and self.settings.sample_every else []
+            guidance = self.target.warnings(scale) if self.draws_samples else []
             unusual = unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors)
             for warning in [*unusual, *guidance]:
                 warn(warning)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import uuid
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from train_helpers import adapter, compose, lines, same_tensors, slow_but
 from flux2.adapters.files import UNFINISHED_FILE
 from flux2.utils.files import temporary_path
 from train.checkpoints.checkpoint import checkpoints
+from train.config.run_config import RunConfig
 from train.evaluation.recommend import Recommendation
 from train.objective.objective import Objective
 from train.publishing import model_card
@@ -150,6 +152,22 @@ def test_the_last_line_never_recommends_an_adapter_that_is_worse_than_the_base(
     assert said[-2] == "best checkpoint: step 2 (-6.9 %)"
     assert re.match(command.format(re.escape(str(tmp_path))), said[-1])
     assert sum(text.startswith("careful") and unfit in text for text in said) == bool(unfit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "references", "images"),
+    [
+        ([], [], []),
+        ([], ["a.png", "b.png"], ["a.png", "b.png"]),
+        ([], [""], ["image.png"]),  # in a table
+        (["sample.prompts=[dark]"], ["a.png"], ["a.png"]),
+        (["sample.prompts=[dark]", "sample.references=[c.png]"], ["a.png"], ["c.png"]),
+    ],
+)
+def test_the_command_that_uses_an_edit_has_an_image(tmp_path, settings, references, images):
+    config = RunConfig(compose("model=tiny", "device=cpu", *settings))
+    words = finish.words_to_generate(config, tmp_path / "adapter", "a caption", references)
+    assert [after for word, after in pairwise(words) if word == "--image"] == images
 
 
 @pytest.mark.parametrize(
