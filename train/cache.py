@@ -23,6 +23,7 @@ if __name__ == "__main__":  # sys.path begins with the script's folder, whose mo
 from omegaconf import DictConfig, OmegaConf
 
 from train.cli.app import command
+from train.config.instantiate import to_plain
 from train.encoding.prepare import remove_unused
 from train.stages.class_data import class_cache_requests
 from train.stages.data import cache_request, prepare_samples
@@ -39,7 +40,7 @@ def parse_share(share: object) -> tuple[int, int]:
 
 def main(config: DictConfig) -> None:
     """Fill or prune the cache of one configuration."""
-    given = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    given = to_plain(config)
     prunes = given.pop("prune", False)
     share = given.pop("share", "1/1")
     if not isinstance(prunes, bool):

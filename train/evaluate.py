@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from data.files import user_path
 from flux2.adapters.formats import AdapterError
 from train.checkpoints import resume
 from train.cli.app import command
-from train.config.instantiate import instantiate, parse_settings
+from train.config.instantiate import instantiate, parse_settings, to_plain
 from train.evaluation import distances
 from train.evaluation.features import Clip, Features
 from train.evaluation.findings import find_problems
@@ -263,12 +263,13 @@ def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Eval
 
 def main(config: DictConfig) -> None:
     """Evaluate, write the report, and print the recommendation and the files."""
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    values = to_plain(config)
     group = values.pop("features")
     if not isinstance(group, dict):
         raise ValueError(f"features={group!r} must be a group of settings. See conf/features/latents.yaml")
     features: Features = instantiate("features", group)
     settings: EvaluationSettings = parse_settings("", values, EvaluationSettings)
+    features.check()
     found = evaluate_runs(settings, features)
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     evaluated_by = f"python train/evaluate.py {masked_command(words)}" if words else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from data.buckets import Buckets
@@ -33,7 +33,7 @@ from flux2.pipeline import reference_limit
 from flux2.quantization.precision import convert
 from flux2.utils.text import listed
 from flux2.weights.sources import ModelSource, model_source
-from train.config.instantiate import check_own_targets, instantiate, parse_settings
+from train.config.instantiate import check_own_targets, instantiate, parse_settings, to_plain
 from train.config.memory import AUTO, completed
 from train.config.settings import AdapterSettings, MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.distributed.processes import Processes, make_accelerator
@@ -93,9 +93,7 @@ class RunConfig:
 
     def __init__(self, config: DictConfig | dict[str, Any], planned_processes: int | None = None) -> None:
         self.is_saved = isinstance(config, dict)
-        self.composed: dict[str, Any] = (
-            config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        )
+        self.composed: dict[str, Any] = config if isinstance(config, dict) else to_plain(config)
         for group in GROUPS:
             if not isinstance(self.composed.get(group), dict):
                 raise ValueError(
