@@ -168,6 +168,7 @@ def evaluate(run: SavedRun, features: Features, settings: EvaluationSettings, ch
     sweep = [row(chosen if strength else None, strength, first, f"{strength:g}") for strength in strengths]
     prompts, name = run.prompts, chosen.name
     result = Evaluation(run.folder, features.name, prompts, columns, rows, name, sweep, damaged=damaged, notes=notes)
+    result.edited = list(run.sampler.edited)
     run.free_transformer()
     measure(result, run, features, settings.training_pictures)
     result.notes += run.notes
@@ -228,6 +229,9 @@ def write_grid(result: Evaluation, file: Path) -> None:
     captions = [f"{masked_text(result.prompts[i])} (seed {seed})" for i, seed in result.columns]
     names = [row.name for row in result.rows]
     side = 256 if len(result.columns) <= 12 else 128
+    references = [result.reference(column) for column in range(len(result.columns))]
+    if any(image is not None for image in references):
+        images, names = [references, *images], ["reference", *names]
     page = sample_grid([[picture or blank for picture in row] for row in images], captions, names, side)
     write_whole(file, page)
     free_memory()

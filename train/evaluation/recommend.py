@@ -162,19 +162,20 @@ def training_rise(folder: Path) -> str:
     return ""
 
 
-def unvalidated_training(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return what the logged training losses tell of a run without validation; empty without any."""
+def unvalidated_training(folder: Path, config: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return what the logged training losses tell of a run without validation, and whether it probably diverged."""
     losses = [value for _, value in series(read_metrics(folder), "loss")]
     if not losses:
-        return ""
+        return "", False
     count = max(1, min(LAST_LOSSES, len(losses) // 2))
     first, last = fmean(losses[:count]), fmean(losses[-count:])
     span = f"Its training loss went from {first:.4g} to {last:.4g} in {many(len(losses), 'logged step')}"
     plain = (("target", "Flow"), ("loss", "MSE"), ("weighting", "Unweighted"))
     is_plain = all(str((config.get(group) or {}).get("_target_")).endswith(f".{kind}") for group, kind in plain)
-    if is_plain and last > EXPLODED * NOISE_AND_IMAGE:
-        return f"{span}: far above {NOISE_AND_IMAGE:g}, that of a prediction of zero, so the run probably diverged"
-    return span
+    if is_plain and max(first, last) > EXPLODED * NOISE_AND_IMAGE:
+        zero = f"{NOISE_AND_IMAGE:g}, that of a prediction of zero"
+        return f"{span}. {max(first, last):.4g} is far above {zero}, so the run probably diverged. {LOWER}", True
+    return span, False
 
 
 def what_is_unfit(folder: Path) -> str:
@@ -309,9 +310,10 @@ def recommend(folder: Path) -> Recommendation:
         return no_checkpoint(reason, short="compare the sample grids")
     if not measured:
         key = "validation.samples=8" if config.get("validate_every") else "validate_every=50"
-        known = unvalidated_training(folder, config)
-        known = f". {known}" if known else ""
-        return no_checkpoint(f"nothing was validated{known}. Set {key}; {HELD_OUT}", short="nothing was validated")
+        known, is_bad = unvalidated_training(folder, config)
+        short = "nothing was validated, the run probably diverged" if is_bad else "nothing was validated"
+        reason = f"nothing was validated. {known}{'. ' if known else ''}Set {key}; {HELD_OUT}"
+        return no_checkpoint(reason, short=short, rate_factor=0.1 if is_bad else 1.0)
 
     def without_gain(best: Validation, last: Validation, base: Validation) -> Recommendation:
         short, reason, factor = no_gain(best, last, base)

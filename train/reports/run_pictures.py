@@ -121,6 +121,8 @@ def evaluation_cells(evaluations: Sequence[Evaluation], runs: Sequence[str]) -> 
                 file = row.files[column]
                 if row is not other.base or not file or not base or file.read_bytes() != base.read_bytes():
                     shots.append(Shot(f"{run}: {row.name}", read_image(file)))
+        if (given := first.reference(column)) is not None:
+            shots.append(Shot("reference", given))
         cells.append(Cell(label, shots))
     return cells
 

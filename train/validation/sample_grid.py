@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -106,9 +107,9 @@ def side_by_side(images: Sequence[Image.Image], height: int = 256) -> Image.Imag
     return row
 
 
-def cut(grid: Image.Image, boxes: Sequence[object]) -> list[Image.Image]:
+def cut(grid: Image.Image, boxes: Sequence[Any]) -> list[Image.Image]:
     """Return the parts of a grid at `boxes`. Raise ValueError if these are outside of it or larger than it."""
-    found = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in boxes]  # type: ignore[misc]
+    found = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in boxes]
     inside = all(0 <= x0 < x1 <= grid.width and 0 <= y0 < y1 <= grid.height for x0, y0, x1, y1 in found)
     if not inside or sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in found) > grid.width * grid.height:
         raise ValueError("the boxes are not those of a grid")

@@ -190,7 +190,11 @@ def test_without_a_loss_of_the_base_the_training_loss_tells_that_a_run_diverged(
         ),
         (
             [41.0, 47.0, 44.0],
-            "nothing was validated. Its training loss went from 41 to 44 in 3 logged steps: far above 2",
+            "nothing was validated. Its training loss went from 41 to 44 in 3 logged steps. 44 is far above 2",
+        ),
+        (
+            [12.5, 8.3, 2.7, 2.6],
+            "from 10.4 to 2.65 in 4 logged steps. 10.4 is far above 2, that of a prediction of zero",
         ),
         ([1.8, 1.7, 1.6], "nothing was validated. Its training loss went from 1.8 to 1.6 in 3 logged steps. Set"),
         (
@@ -209,6 +213,9 @@ def test_of_a_short_run_without_validation_what_its_losses_tell_is_said(run, tra
     assert found.checkpoint is None
     assert said in found.reasons[0]
     assert bool(found.unfit) == ("the run diverged" in said)
+    diverged = "diverged" in said or "far above" in said
+    assert found.rate_factor == (0.1 if diverged else 1)
+    assert ("diverged" in found.verdict) == diverged
 
 
 def test_a_loss_in_another_unit_is_not_compared_with_that_of_a_prediction_of_zero(run):

@@ -10,11 +10,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from train_helpers import ask_to_stop
 
+from train.evaluate import write_grid
 from train.evaluation.distances import Nearest
 from train.evaluation.findings import find_problems
 from train.evaluation.recommend import recommend
 from train.evaluation.results import Evaluation, Row
 from train.reports import plots, run_report
+from train.reports import run_pictures as pictures
 from train.reports.plots import Curve
 from train.utils.signals import Interrupted
 from train.validation.sample_grid import LAYOUT, sample_grid, split_grid
@@ -265,6 +267,21 @@ def test_a_report_during_training_takes_a_small_share_of_the_time(run, monkeypat
     now[0] += 1000
     live.update()
     assert written[4:] == ["failed"]
+
+
+def test_an_evaluation_of_edits_shows_what_is_edited(run, made):
+    made.edited = [*images("yellow"), None]
+    first, second = pictures.evaluation_cells([made], ["run"])
+    assert [shot.name for shot in first.shots] == ["base", "step 20", "step 40", "reference"]
+    assert first.shots[-1].image.getpixel((0, 0)) == (255, 255, 0)
+    assert [shot.name for shot in second.shots] == ["base", "step 20", "step 40"]
+    write_grid(made, run / "grid.png")
+    with_reference = Image.open(run / "grid.png")
+    colors = {color for _, color in with_reference.getcolors(1 << 20)}
+    assert (255, 255, 0) in colors
+    made.edited = []
+    write_grid(made, run / "grid.png")
+    assert Image.open(run / "grid.png").height < with_reference.height
 
 
 def test_runs_are_shown_with_the_settings_in_which_they_differ(run, made, tmp_path_factory):
