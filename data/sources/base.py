@@ -282,10 +282,9 @@ class Source(Sequence[Sample]):
         count = len(self) + len(self._uncaptioned or ()) + len(self.bad)
         share = f"{len(self.bad)} of {count} samples of {self.where}"
         if len(self.bad) > self.max_bad:
-            raise BadData(
-                f"{share} cannot be used:{listed}\nFix or remove them, or skip them with "
-                f"dataset.max_bad={len(self.bad)} (now {self.max_bad})"
-            )
+            skip = f"or remove them, or skip them with dataset.max_bad={len(self.bad)} (now {self.max_bad})"
+            remedy = skip if self._samples or self._uncaptioned else "them: there is no other sample to train on"
+            raise BadData(f"{share} cannot be used:{listed}\nFix {remedy}")
         if not self._samples and not self._uncaptioned:
             raise BadData(f"{self.where} has no sample that can be used:{listed}")
         if new:

@@ -43,7 +43,7 @@ def compiles(config: RunConfig, shapes: int) -> tuple[bool, str]:
     prediction = planner.predict(choice_of(config.composed["memory"]))
     saved = settings.steps * (prediction.seconds(on) - replace(prediction, compiled=True).seconds(on))
     evaluates = settings.validate_every > 0 or settings.sample_every > 0 or bool(planner.job.frozen_rows)
-    scales = len({config.target.adapter_scale(step) for step in range(2)})  # each is a constant of its graphs
+    scales = len(set(config.target.scales))  # each is a constant of its graphs
     graphs = GRAPHS * shapes * planner.job.num_gpus  # each GPU has its own
     taken = SECONDS_PER_GRAPH * graphs * (scales + 0.5 * evaluates)  # assumed: half as long without gradients
     text = (

@@ -106,8 +106,10 @@ def workload_of(
     split = config.memory.split if num_gpus is None else None
     num_gpus = num_gpus or (1 if split is None else len(config.devices) if split == AUTO else len(split))
     settings, side = config.settings, config.buckets.largest
-    samples = bool(config.sample.prompts) and settings.sample_every > 0
+    samples = config.draws_samples
+    references = [(settings.reference_resolution,) * 2 for _ in range(references_of(config.composed["dataset"]))]
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
+    captioned = references if samples and not config.sample.prompts else []  # the captions' own
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
     rejected = settings.batch_size if isinstance(config.loss, DPO) else 0
     held = config.preservation.rows(settings.batch_size) + rejected
@@ -123,9 +125,9 @@ def workload_of(
         dtype=precision.dtype,
         optimizer=config.make_optimizer,
         pixels=(side, side),
-        references=[(settings.reference_resolution,) * 2 for _ in range(references_of(config.composed["dataset"]))],
+        references=references,
         sample_pixels=(config.sample.width or side, config.sample.height or side) if samples else None,
-        sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=[]),
+        sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=captioned),
         twin=samples and config.twin is not None,
         text_tokens=config.text_encoder.length or config.variant.text.length,
         rows=settings.batch_size + held,
