@@ -95,10 +95,8 @@ class RunConfig:
         self.is_saved = isinstance(config, dict)
         self.composed: dict[str, Any] = config if isinstance(config, dict) else to_plain(config)
         for group in GROUPS:
-            if not isinstance(self.composed.get(group), dict):
-                raise ValueError(
-                    f"{group}={self.composed.get(group)!r} must be a group of settings; see conf/train.yaml"
-                )
+            if not isinstance(given := self.composed.get(group), dict):
+                raise ValueError(f"{group}={given!r} must be a group of settings; see conf/train.yaml")
         top = {key: value for key, value in self.composed.items() if key not in GROUPS}
         self.chooses_batch = top.get("batch_size") == AUTO  # 1 until it is chosen
         top |= {"batch_size": 1} if self.chooses_batch else {}
@@ -175,15 +173,14 @@ class RunConfig:
     def with_batch_size(self, chosen: int) -> RunConfig:
         """Return a copy with `batch_size`, which the run also writes to its config.yaml."""
         other = copy.copy(self)
-        other.composed = {**self.composed, "batch_size": chosen}
-        other.settings, other.chooses_batch = replace(self.settings, batch_size=chosen), False
+        other.composed, other.chooses_batch = {**self.composed, "batch_size": chosen}, False
+        other.settings = replace(self.settings, batch_size=chosen)
         return other
 
     def with_prompts(self, prompts: Sequence[str], references: Sequence[Sequence[str]] = ()) -> RunConfig:
         """Return a copy that samples `prompts`, each with its list of `references`; by default with none."""
         other = copy.copy(self)
-        lists = [list(paths) for paths in references]
-        other.sample = replace(self.sample, prompts=list(prompts), references=lists)
+        other.sample = replace(self.sample, prompts=list(prompts), references=list(map(list, references)))
         return other
 
     @property
