@@ -25,9 +25,9 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flux2-lora needs Python 3.11 or newer, this is %s: make PYTHON=python3.11" % sys.version.split()[0])'
-	@echo "installing what is needed into .venv: some GB, some minutes, once"
+	@echo "installing what is needed into .venv: some GB, some minutes, once; pip shows each package"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[triton]'
 	@touch $@
 

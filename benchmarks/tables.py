@@ -186,6 +186,23 @@ def simulated() -> str:
     return markdown(["GB", *(f"{size} GB" for size in GPU_SIZES)], rows)
 
 
+def options() -> str:
+    """Return the peaks that benchmarks/options_simulated.py found for options of training, by option and base."""
+    runs = read_result("options_simulated")["runs"]
+    bases, names = (list(dict.fromkeys(name.split(": ")[i] for name in runs)) for i in range(2))
+    rows = []
+    for option in names:
+        cells = []
+        for base in bases:
+            phases = runs[f"{base}: {option}"]["GB"].values() if f"{base}: {option}" in runs else []
+            keys = ("predicted", "simulated", "reserved") if phases else ()
+            cells.append(" / ".join(f"{max(one[key] for one in phases):.2f}" for key in keys))
+        setting, comma, more = option.partition(",")
+        is_setting = any(mark in setting for mark in "=.")
+        rows.append([f"`{setting}`{comma}{more}" if is_setting else option, *cells])
+    return markdown(["GB", *bases], rows)
+
+
 def split() -> str:
     """Return the peaks of benchmarks/planner_simulated.py on two GPUs: blocks, predicted and simulated GB of each."""
     runs = read_result("planner_simulated")["runs"]
@@ -284,6 +301,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernel_memory": kernel_memory,
     "recompute": recompute,
     "simulated": simulated,
+    "options": options,
     "split": split,
     "steps": steps,
     "precisions": precisions,

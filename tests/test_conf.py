@@ -36,8 +36,10 @@ FEATURES = [file.stem for file in FILES if file.parts[0] == "features"]  # of co
 HYDRA = [(file.parent.name, file.stem) for file in FILES if file.parts[0] == "hydra"]  # how a sweep is run
 # what a choice asks for
 NEEDS = {
+    ("text_encoder", "remote"): ["model=dev"],  # whose endpoint it is
     ("dataset", "folder"): ["dataset.path=/pictures"],
     ("dataset", "huggingface"): ["dataset.path=someone/cards"],
+    ("dataset", "table"): ["dataset.path=cards.parquet"],
     ("dataset", "mix"): ["+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/pictures"],
     ("dataset", "pairs"): ["dataset.path=/pictures"],
     ("dataset", "preference"): ["dataset.path=/pictures"],
@@ -159,7 +161,7 @@ def test_every_setting_of_fp8_and_int8_is_in_its_file():
     assert set(compose("memory=default").memory) >= chosen_with_memory
 
 
-@pytest.mark.parametrize("choice", ["folder", "huggingface", "mix", "pairs", "preference", "webdataset"])
+@pytest.mark.parametrize("choice", ["folder", "huggingface", "mix", "pairs", "preference", "table", "webdataset"])
 def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
     given = compose(f"dataset={choice}").dataset
     parameters = inspect.signature(get_object(given._target_)).parameters
@@ -187,7 +189,7 @@ def test_whether_the_hub_can_be_reached_is_asked_for_every_dataset_of_a_mix(monk
 
 def test_the_datasets_are_made_from_their_files(pictures, parquet):
     folder = load_config(compose("dataset=folder", f"dataset.path={pictures}")).instantiate("dataset")
-    table = load_config(compose("dataset=huggingface", f"dataset.path={parquet}")).instantiate("dataset")
+    table = load_config(compose("dataset=table", f"dataset.path={parquet}")).instantiate("dataset")
     assert (type(folder), type(table)) == (Folder, HuggingFace)
     assert [sample.caption for sample in folder] == [sample.caption for sample in table]
     cards = load_config(compose()).instantiate("dataset")

@@ -1,4 +1,4 @@
-"""Fill the cache: `accelerate launch train/cache.py +experiment=tarot [+prune=true]`.
+"""Fill the cache: `python train/cache.py +experiment=tarot [+prune=true]`.
 
 Training also computes missing entries. This command prepares a dataset on a machine where the encoders fit (the text
 encoder of dev needs 35 GB in bfloat16), so that training elsewhere loads neither. One encoder is in memory at a time;
@@ -23,6 +23,7 @@ if __name__ == "__main__":  # sys.path begins with the script's folder, whose mo
 from omegaconf import DictConfig, OmegaConf
 
 from train.cli.app import command
+from train.config.instantiate import to_plain
 from train.encoding.prepare import remove_unused
 from train.stages.class_data import class_cache_requests
 from train.stages.data import cache_request, prepare_samples
@@ -39,7 +40,7 @@ def parse_share(share: object) -> tuple[int, int]:
 
 def main(config: DictConfig) -> None:
     """Fill or prune the cache of one configuration."""
-    given = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    given = to_plain(config)
     prunes = given.pop("prune", False)
     share = given.pop("share", "1/1")
     if not isinstance(prunes, bool):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from data.sources.base import CAPTION_PLACES, CaptionPlace, Source
 from flux2.models.text_encoder import check_storage
@@ -38,9 +38,9 @@ from flux2.prompts.remote_protocol import RemoteError
 from flux2.quantization.precision import DTYPES, pick_dtype
 from flux2.utils.choices import TextStorage
 from flux2.utils.device import pick_device
-from flux2.weights.sources import ModelSource
+from flux2.weights.sources import ModelSource, WeightsError
 from train.cli.app import command
-from train.config.instantiate import check_keys, instantiate, parse_settings
+from train.config.instantiate import check_keys, instantiate, parse_settings, to_plain
 from train.utils.caption_files import Change, change_captions
 from train.utils.checks import check_count, check_seed
 from train.utils.console import say, warn
@@ -130,7 +130,7 @@ def write_captions(
                 answer = model.describe(pictures, settings.system, TEMPLATES[settings.template].request, **asked)
                 change_captions([Change(place, (" ".join(answer.split()),))])  # one line, as captions are
             except ValueError as error:
-                if isinstance(error, RemoteError):  # the others would fail likewise
+                if isinstance(error, RemoteError | WeightsError):  # the others would fail likewise
                     raise
                 failed.append(f"{sample.name} got no caption: {error}")
                 warn(failed[-1])
@@ -153,7 +153,7 @@ def load(settings: CaptionSettings, device: torch.device) -> CaptionModel:
 
 def main(config: DictConfig) -> None:
     """Write the captions that are missing, and print how many."""
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    values = to_plain(config)
     groups = {key: values.pop(key) for key in ("dataset", "caption")}
     for key, group in groups.items():
         if not isinstance(group, dict):

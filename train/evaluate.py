@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from data.files import user_path
 from flux2.adapters.formats import AdapterError
 from train.checkpoints import resume
 from train.cli.app import command
-from train.config.instantiate import instantiate, parse_settings
+from train.config.instantiate import instantiate, parse_settings, to_plain
 from train.evaluation import distances
 from train.evaluation.features import Clip, Features
 from train.evaluation.findings import find_problems
@@ -168,6 +168,7 @@ def evaluate(run: SavedRun, features: Features, settings: EvaluationSettings, ch
     sweep = [row(chosen if strength else None, strength, first, f"{strength:g}") for strength in strengths]
     prompts, name = run.prompts, chosen.name
     result = Evaluation(run.folder, features.name, prompts, columns, rows, name, sweep, damaged=damaged, notes=notes)
+    result.edited = list(run.sampler.edited)
     run.free_transformer()
     measure(result, run, features, settings.training_pictures)
     result.notes += run.notes
@@ -228,6 +229,9 @@ def write_grid(result: Evaluation, file: Path) -> None:
     captions = [f"{masked_text(result.prompts[i])} (seed {seed})" for i, seed in result.columns]
     names = [row.name for row in result.rows]
     side = 256 if len(result.columns) <= 12 else 128
+    references = [result.reference(column) for column in range(len(result.columns))]
+    if any(image is not None for image in references):
+        images, names = [references, *images], ["reference", *names]
     page = sample_grid([[picture or blank for picture in row] for row in images], captions, names, side)
     write_whole(file, page)
     free_memory()
@@ -263,12 +267,13 @@ def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Eval
 
 def main(config: DictConfig) -> None:
     """Evaluate, write the report, and print the recommendation and the files."""
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    values = to_plain(config)
     group = values.pop("features")
     if not isinstance(group, dict):
         raise ValueError(f"features={group!r} must be a group of settings. See conf/features/latents.yaml")
     features: Features = instantiate("features", group)
     settings: EvaluationSettings = parse_settings("", values, EvaluationSettings)
+    features.check()
     found = evaluate_runs(settings, features)
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     evaluated_by = f"python train/evaluate.py {masked_command(words)}" if words else ""

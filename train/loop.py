@@ -28,6 +28,7 @@ from train.objective.objective import Losses, MicroBatch, Objective
 from train.optim.ema import EvaluationWeights
 from train.optim.schedules import LearningRate
 from train.optim.update_guard import Reading, UpdateGuard, clear_gradients, clip
+from train.reports.run_report import LiveReport
 from train.tracking.metrics import Metrics
 from train.utils.console import warn
 from train.utils.memory import explain_oom
@@ -67,6 +68,7 @@ class Trainer:
         self.accelerator = self.processes.accelerator
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.devices = [self.device, *dict.fromkeys(self.peft_model.get_base_model().devices.values())]
+        self.report = LiveReport(self.folder)
         self.prefetcher: Prefetcher[list[MicroBatch]] = Prefetcher(
             lambda step: self.objective.micro_batches(self.loader, step)
         )
@@ -82,7 +84,7 @@ class Trainer:
         model = self.processes.wrap(self.peft_model)
         parameters = adapter_parameters(self.peft_model)
         guard = self.update_guard(untrained=first_step == 0)
-        progress = Progress(settings.steps, first_step, shown=self.is_main)
+        progress = self.progress = Progress(settings.steps, first_step, shown=self.is_main)
         with (
             stop_requests() as stop_request,  # also while trackers finish, which may wait for a network
             sample_requests(self.folder / "sample") as sample_request,
@@ -130,6 +132,7 @@ class Trainer:
                             progress.log(values)
                         # not while updates are being skipped: the checkpoint is saved after the next good step
                         if checkpoint_pending and not guard.skipped and steps_done < settings.steps:
+                            progress.show("writing a checkpoint")
                             checkpointer.save(steps_done)
                             checkpoint_pending = False
                 sample_pending = any(reading.sample for reading in readings)  # drawn after the next step
@@ -190,21 +193,14 @@ class Trainer:
 
     def values(self, losses: Losses, reading: Reading, clock: Clock) -> dict[str, float]:
         """Return the metrics to log for a step; for a step without an update, only the finite ones."""
-        numbers = {"loss": losses.flow.item()}
-        if self.objective.preservation.active:
-            numbers["preservation_loss"] = losses.preservation.item()
-        if self.objective.prior and losses.prior is not None:
-            numbers["prior_loss"] = losses.prior.item()
-        names = ("preference_accuracy", "preference_margin")  # only with loss=dpo are there values
-        numbers |= {name: value.item() for name, value in zip(names, losses.preference, strict=False)} | {
+        numbers = self.objective.metrics(losses) | {
             "lr": self.learning_rate.value,
             "grad_norm": reading.norm,
             "images_per_second": round(clock.take(), 4),
             **clock.peak_memory(),
         }
-        if not reading.bad:
-            return numbers
-        return {key: value for key, value in numbers.items() if math.isfinite(value)} | {"skipped": 1}
+        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        return finite | {"skipped": 1} if reading.bad else numbers
 
     def log_skipped_steps(self, readings: Sequence[Reading]) -> None:
         """Log skipped steps that `log_every` does not log."""
@@ -221,6 +217,7 @@ class Trainer:
         """Log `values`, and validate and sample if due after `steps_done` steps; each process does its share."""
         self.checkpointer.unlogged = values
         if self.validator is not None and self.settings.is_due("validate_every", steps_done):
+            self.progress.show("validating")
             oom_context = explain_oom(f"in the validation after step {steps_done}", "validation", self.device)
             with oom_context, self.evaluation(), self.objective.autocast(self.device):
                 losses = self.validator(self.peft_model.get_base_model(), self.objective.guidance)
@@ -231,6 +228,7 @@ class Trainer:
             self.metrics.log(steps_done, **values)
         self.checkpointer.note_logged(steps_done, values)
         if self.sampler is not None and (sample_now or self.settings.is_due("sample_every", steps_done)):
+            self.progress.show("drawing a sample grid")
             file = self.folder / "samples" / f"step_{steps_done:06d}.png"
             with explain_oom(f"while sampling after step {steps_done}", "samples", self.device), self.evaluation():
                 written = self.sampler.write_or_warn(self.peft_model.get_base_model(), file, write=self.is_main)
@@ -238,6 +236,8 @@ class Trainer:
                 self.metrics.picture(steps_done, file)
         elif sample_now and self.is_main:
             warn("a sample grid was asked for, but this run has none: set sample.prompts, and sample_every above 0")
+        if "validation_loss" in values and self.is_main and 0 < steps_done < self.settings.steps:
+            self.report.update()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Train a LoRA: `accelerate launch train/run.py +experiment=tarot [key=value ...]`, or with plain `python`.
+"""Train a LoRA: `python train/run.py +experiment=tarot [key=value ...]`, or with `accelerate launch` (docs/scaling.md).
 
 Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/.
 """
@@ -24,7 +24,7 @@ from train.distributed.sharding import check_processes
 from train.loop import Trainer
 from train.optim.ema import EvaluationWeights
 from train.optim.schedules import LearningRate
-from train.stages.data import PreparedData, make_objective, prepare_data
+from train.stages.data import PreparedData, announce_samples, make_objective, prepare_data
 from train.stages.finish import announce, write_card_and_report
 from train.stages.memory import choose_compile, keep_kernels, keep_resumed_memory, load_config, memory_advice
 from train.stages.model import load_model, load_sampler
@@ -57,6 +57,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             f"{many(len(data.names), 'sample')}, {model.parameter_count:,} trained parameters, "
             f"{many(settings.steps, 'step')} in {location.folder}"
         )
+        config = announce_samples(config, data.prepared.samples)
         sampler = load_sampler(config, data.prepared.cached, model.peft_model)
 
         # Restore the resumed state. Nothing in the run folder changes before it is read.
@@ -109,7 +110,7 @@ def main(composed: DictConfig) -> float | None:
         if not is_done(config):
             with claim_run_folder(config) as location:
                 adapter_folder, prepared = train(config, location)
-            announce(config, adapter_folder, prepared.first_caption)
+            announce(config, adapter_folder, *prepared.example)
         return sweep_result(config)
     finally:
         free_memory()  # for the next job of a sweep

@@ -302,11 +302,9 @@ class Source(Sequence[Sample]):
         count = len(self) + self._uncaptioned + len(self.bad)
         share = f"{len(self.bad)} of {count} samples of {self.where}"
         if len(self.bad) > self.max_bad:
-            raise BadData(
-                f"{share} cannot be used:{listed}\nFix or remove them, or skip them with "
-                f"dataset.max_bad={len(self.bad)} (now {self.max_bad})",
-                self.bad,
-            )
+            skip = f"or remove them, or skip them with dataset.max_bad={len(self.bad)} (now {self.max_bad})"
+            remedy = skip if self._samples or self._uncaptioned else "them: there is no other sample to train on"
+            raise BadData(f"{share} cannot be used:{listed}\nFix {remedy}", self.bad)
         if not self._samples and not self._uncaptioned:
             raise BadData(f"{self.where} has no sample that can be used:{listed}", self.bad)
         if new:

@@ -122,7 +122,9 @@ def existing_folder(key: str, path: object) -> Path:
     folder = user_path(check_text(f"dataset.{key}", path))
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"dataset.{key}={str(path)!r} {problem}. Give a folder of images")
+        is_table = folder.suffix.lower() in (".parquet", ".arrow", ".json", ".jsonl", ".csv")
+        remedy = ", or set dataset=table for a table" if is_table and key == "path" else ""
+        raise ValueError(f"dataset.{key}={str(path)!r} {problem}. Give a folder of images{remedy}")
     return folder
 
 

@@ -9,6 +9,7 @@ only x and h are kept. PEFT remains the library: names, files, merging and every
 any adapter that is not a plain LoRA runs PEFT's forward (`FusedLora.plain_adapter` decides at every call).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,26 +24,37 @@ from flux2.layers.recompute_context import current_replay
 
 INITIAL = "_initial"  # suffix of the adapter that subtracts the initial PiSSA update (flux2/adapters/tuners.py)
 FROZEN = "_frozen"  # name of a saved LoRA that is active next to the trained one (flux2/adapters/warm_start.py)
+Update = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank), and the scale of B A
 
 
 class LoraProduct(torch.autograd.Function):
     """`product` plus a low-rank update: (..., in) -> (..., out).
 
-    `apply` takes the frozen linear, x (..., in), A (rank, in), B (out, rank), the scale of the update, and None or a
-    mask of the active directions of each sample, (B, rank) for x (B, ..., in). A and B are used in the dtype of x;
-    their gradients have their own dtypes.
+    `apply` takes the frozen linear, x (..., in), A (rank, in), B (out, rank), the scale of the update, None or a mask
+    of the active directions of each sample, (B, rank) for x (B, ..., in), and further updates that are not trained, of
+    which nothing is kept. A and B are used in the dtype of x; their gradients have their own dtypes.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, linear: nn.Linear, x: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor | None
+        ctx: Any,
+        linear: nn.Linear,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        frozen: Sequence[Update],
     ) -> Tensor:
-        ctx.linear, ctx.scale, ctx.mask = linear, scale, mask
+        ctx.linear, ctx.scale, ctx.mask, ctx.frozen = linear, scale, mask, frozen
         h = mask_rows(F.linear(flatten_rows(x), a.to(x.dtype)), mask)  # (tokens, rank)
 
         def compute() -> Tensor:
             y = product(linear, x)
-            y.view(-1, y.shape[-1]).addmm_(h, b.to(y.dtype).t(), alpha=scale)
+            rows = y.view(-1, y.shape[-1])
+            rows.addmm_(h, b.to(y.dtype).t(), alpha=scale)
+            for a0, b0, scale0 in frozen:
+                rows.addmm_(F.linear(flatten_rows(x), a0.to(x.dtype)), b0.to(y.dtype).t(), alpha=scale0)
             return y
 
         replay = current_replay()
@@ -73,8 +85,10 @@ class LoraProduct(torch.autograd.Function):
                 db *= ctx.scale
         if needs_x:
             dx = input_gradient(ctx.linear, dy)
-            dx.view(-1, dx.shape[-1]).addmm_(dh, a.to(dx.dtype))
-        return None, dx, da, db, None, None
+            dx_rows = dx.view(-1, dx.shape[-1]).addmm_(dh, a.to(dx.dtype))
+            for a0, b0, scale0 in ctx.frozen:
+                dx_rows.addmm_(dy_rows @ b0.to(dy.dtype), a0.to(dx.dtype), alpha=scale0)
+        return None, dx, da, db, None, None, None
 
 
 def mask_rows(h: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,18 +132,22 @@ class FusedLora(lora.Linear):
         name = None if args or kwargs else self.plain_adapter()
         if name is None:
             return super().forward(x, *args, **kwargs)
-        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        a, b, scale = self.update_of(name)
+        frozen = [self.update_of(FROZEN)] if name != FROZEN and FROZEN in self.active_adapters else []
         if name + INITIAL in self.active_adapters:
             a, b = subtract_initial(a, b, self.lora_A[name + INITIAL].weight, self.lora_B[name + INITIAL].weight)
-        elif name != FROZEN and FROZEN in self.active_adapters:  # one pair of both ranks
-            a = torch.cat([a, self.lora_A[FROZEN].weight])
-            b = torch.cat([b * scale, self.lora_B[FROZEN].weight * self.scaling[FROZEN]], dim=1)
-            scale = 1.0
         x = cast_for_autocast(x)
         if torch.compiler.is_compiling():  # the compiler fuses these operations and chooses what is kept
-            return self.base_layer(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+            y = self.base_layer(x)
+            for down, up, factor in [(a, b, scale), *frozen]:
+                y = y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * factor
+            return y
         mask = None if self.rank_schedule is None else self.rank_schedule.mask(len(a), x)
-        return LoraProduct.apply(self.base_layer, x, a, b, scale, mask)
+        return LoraProduct.apply(self.base_layer, x, a, b, scale, mask, frozen)
+
+    def update_of(self, name: str) -> Update:
+        """Return the weights of the adapter `name`, and their scale."""
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
 
 def fuse_lora(model: nn.Module) -> None:

@@ -3,8 +3,9 @@
 A compiler that sees a block with its recomputation decides what the backward needs: it leaves out the last linears,
 whose output nothing reads, and fuses elementwise operations with their neighbors. Blocks of a kind share a graph,
 whatever their weights. Each kind of block and each shape of tokens (bucket, number of references) gets a graph, with
-and without gradients, because fixed sizes give faster code. PyTorch stops compiling after `recompile_limit` graphs,
-which is raised to the number that a run needs.
+and without gradients, because fixed sizes give faster code. The adapter's scale is a constant of a graph too, and a
+slider trains two. PyTorch stops compiling after `recompile_limit` graphs, which is raised to the number that a run
+needs.
 
 Adapters are compiled as plain operations (`FusedLora.forward`), and so are quantized layers, with the backward of
 `FrozenProduct`. LoRA dropout draws other random numbers than without compilation.
@@ -34,7 +35,7 @@ from flux2.quantization.base import QuantizedLinear
 
 log = logging.getLogger(__name__)
 BLOCK_KINDS = 2
-MODES = 10  # with or without gradients, input gradients, the adapter, streaming
+MODES = 20  # with or without gradients, input gradients, the adapter at each of its scales, streaming
 # the attention kernels that are one operation; the backend `math` has several, which are recomputed
 ATTENTION_OPERATIONS = [
     getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default

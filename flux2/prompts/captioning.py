@@ -32,6 +32,7 @@ from flux2.weights.sources import ModelSource, WeightsError, model_source
 DEV = "dev"  # the name that stands for the published repository of FLUX.2-dev
 NEEDED = "Give dev, a folder with text_encoder/ and tokenizer/ of FLUX.2-dev, or an image-text-to-text model"
 
+IMAGE = {"type": "image"}  # in a turn of a conversation
 MOST_TOKENS = 2048  # of an answer
 REMOTE_SECONDS = 600.0  # until the answer of a server must be complete
 # of a model of transformers; a key in them may name code
@@ -83,6 +84,13 @@ class CaptionModel(Protocol):
         """Return the answer to `request` about the images. `name` is that of the last image, for messages."""
 
 
+def conversation_text(processor: Any, turn: Sequence[dict[str, str]]) -> str:
+    """Return the text of a conversation of one turn of the user, at which the model answers."""
+    with bounded_template():
+        text: str = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+    return text
+
+
 class TransformersModel:
     """An image-text-to-text model of transformers with its processor. `model` is frozen, in evaluation mode."""
 
@@ -96,9 +104,8 @@ class TransformersModel:
 
         Raises ValueError for a model whose chat template takes no image, and for an empty answer.
         """
-        turn = [{"type": "image"}, {"type": "text", "text": f"{system}\n\n{request}"}]
-        with bounded_template():
-            text = self.processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        turn = [IMAGE, {"type": "text", "text": f"{system}\n\n{request}"}]
+        text = conversation_text(self.processor, turn)
         tokenizer = self.processor.tokenizer
         begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         tokens = {"add_special_tokens": False} if begins else {}
@@ -206,4 +213,8 @@ def load_transformers_model(folder: Path, device: torch.device, dtype: torch.dty
         raise WeightsError(f"{folder}: its files lack {missing[0]} and {len(missing) - 1} more. Download them again")
     if not getattr(processor, "chat_template", None):
         raise WeightsError(f"{folder} has no chat template, with which instructions are written. Give another model")
+    if conversation_text(processor, [IMAGE, {"type": "text", "text": "x"}]) == conversation_text(
+        processor, [{"type": "text", "text": "x"}]
+    ):
+        raise WeightsError(f"{folder} does not see images: its chat template has no place for one. {NEEDED}")
     return TransformersModel(model.to(device), processor)

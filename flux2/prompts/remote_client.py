@@ -138,6 +138,8 @@ class Client:
         self._identity: str | None = None
         self._random = random.Random()  # not the global one: failures of a server must not change a run
         self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._warned = 0  # the last attempt that a warning has named since the server answered
         self._local = threading.local()
         self._host = urlsplit(self.url).hostname or ""
         if self.protocol == "published" and self.length != variant.text.length:
@@ -240,7 +242,9 @@ class Client:
             if self._closed.is_set():
                 raise RemoteError(f"{self.url} was not asked again: the client is closed")
             try:
-                return self._send(method, path, data, limit)
+                answer = self._send(method, path, data, limit)
+                self._warned = 0
+                return answer
             except RetryLater as again:
                 reason = self._redact(str(again))
                 if again.after > LONGEST_ASKED:
@@ -249,12 +253,19 @@ class Client:
                 if attempt < attempts:
                     longest = min(self.wait * 2 ** (attempt - 1), LONGEST_WAIT)
                     seconds = again.after + longest * self._random.uniform(0.5, 1.0)  # so that clients spread out
-                    log.warning("%s: %s; attempt %d of %d in %.1f s", self.url, reason, attempt + 1, attempts, seconds)
+                    self._warn(attempt, f"{reason}; attempt {attempt + 1} of {attempts} in {seconds:.1f} s")
                     self._closed.wait(seconds)
         raise Unreachable(
             f"{self.url} gave no answer in {attempts} attempts, the last one: {reason}. Check that the server runs and "
             "start again: what was received is kept"
         )
+
+    def _warn(self, attempt: int, text: str) -> None:
+        """Log `text`, unless another thread has done so for as many attempts since the server last answered."""
+        with self._lock:
+            is_new, self._warned = attempt > self._warned, max(attempt, self._warned)
+        if is_new:
+            log.warning("%s: %s", self.url, text)
 
     def _send(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}

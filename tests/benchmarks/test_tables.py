@@ -1,12 +1,15 @@
 """The tables of the documentation are those of the committed results and of the planner."""
 
 import pytest
+from train_helpers import compose
 
 from benchmarks import tables
 from benchmarks.fits import Case, make_planner
-from train.config.memory import HEADROOM_GB, settings_of
+from train.config.memory import HEADROOM_GB, choice_of, settings_of
+from train.config.run_config import RunConfig
+from train.planner.from_config import workload_of
 from train.planner.gpus import GIB, gpu, usable
-from train.planner.predictor import LIBRARIES
+from train.planner.predictor import LIBRARIES, Planner
 from train.planner.search import choose
 
 
@@ -52,6 +55,31 @@ def test_the_simulated_runs_had_the_settings_that_are_chosen_now(name):
         assert list(found.split) == run.get("split", [])
         predicted = [one["GB"]["predicted"] for one in run.get("GPUs", [run])]
         assert [(peak - LIBRARIES) / 1e9 for peak in found.peaks] == pytest.approx(predicted, rel=1e-6)
+
+
+OPTIONS = tables.read_result("options_simulated")["runs"]
+
+
+def test_predictions_with_options_of_training_are_at_most_5_percent_above_the_simulated_peaks_and_never_below():
+    assert len(OPTIONS) == 63
+    for name, run in OPTIONS.items():
+        peaks = {key: max(one[key] for one in run["GB"].values()) for key in ("predicted", "simulated")}
+        assert peaks["predicted"] <= 1.05 * peaks["simulated"], name
+        for phase, one in run["GB"].items():
+            assert one["predicted"] >= one["simulated"] - 1e-3, (name, phase)  # tensors of some kilobytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name.startswith(("klein 4B, all", "klein 9B"))])
+def test_what_was_predicted_with_options_is_predicted_now(name):
+    run = OPTIONS[name]
+    if "frozen" in name or "rank 128" in name:
+        pytest.skip("needs a saved adapter of true size")
+    config = RunConfig(compose(*run["overrides"], "device=cpu"))
+    found = Planner(workload_of(config, on_gpu=True)).predict(choice_of(config.composed["memory"]))
+    expected = max(one["predicted"] for one in run["GB"].values())
+    predicted = (found.training - LIBRARIES) / 1e9
+    assert predicted == pytest.approx(expected, rel=1e-6), "run benchmarks/options_simulated.py"
 
 
 def test_only_the_tables_are_written(monkeypatch):

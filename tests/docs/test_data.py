@@ -14,6 +14,7 @@ from data_helpers import encoded, keep_caches_in, lines, shard, square, table, w
 from PIL import Image
 from train_helpers import ROOT, compose
 
+from train.cli.settings_file import with_settings_file
 from train.config.instantiate import instantiate
 
 TEXT = (ROOT / "docs" / "data.md").read_text()
@@ -109,10 +110,12 @@ def test_the_page_has_a_line_for_every_source_and_for_what_the_sources_have() ->
 
 
 @pytest.mark.usefixtures("mine")
-def test_the_experiment_of_the_page_opens_its_datasets(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
-    write(tmp_path, {"conf/experiment/mine.yaml": text})
-    samples = opened(f"hydra.searchpath=[file://{tmp_path}/conf]", "+experiment=mine")
+def test_the_files_of_settings_of_the_page_open_their_datasets(tmp_path: Path) -> None:
+    one, several = re.findall(r"```yaml\n(# mine\.yaml.*?)```", TEXT, re.DOTALL)
+    write(tmp_path, {"mine.yaml": several, "one.yaml": one, "my paintings (2024)/cat.png": square()})
+    write(tmp_path, {"my paintings (2024)/cat.txt": "a cat"})
+    assert [sample.caption for sample in opened(*with_settings_file(["config=one.yaml"]))] == ["felix, a cat"]
+    samples = opened(*with_settings_file(["config=mine.yaml"]))
     assert [sample.caption for sample in samples][:2] == ["felix, a cat", "a red square"]
     assert [sample.weight for sample in samples] == [3.0, 1.0, 1.0, 1.0]
 

@@ -11,7 +11,8 @@ from train.stages.memory import load_config
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
 GROUPS = ("timesteps", "target", "loss", "weighting", "preservation", "optimizer", "schedule")
-COMMANDS = [shlex.split(line)[2:] for line in re.findall(r"^python train/run\.py .*$", TEXT, re.MULTILINE)]
+LINES = re.findall(r"^python train/run\.py .*$", TEXT.replace("\\\n", ""), re.MULTILINE)
+COMMANDS = [shlex.split(line)[2:] for line in LINES]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -26,11 +27,11 @@ def _items(entry):
     return [(str(key), value) for key, value in entry.items()] if hasattr(entry, "items") else []
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=["given", "drawn"])
+@pytest.mark.parametrize("words", COMMANDS, ids=["slider", "given", "drawn"])
 def test_its_commands_are_accepted(words):
-    run = load_config(compose(*words, "device=cpu"))
-    assert run.prior is not None
-    assert run.prior.draws == (run.prior.dataset is None)
+    run = load_config(compose(*words, "device=cpu", "memory=default"))
+    assert (run.prior is None) == ("+experiment=slider" in words)
+    assert run.prior is None or run.prior.draws == (run.prior.dataset is None)
 
 
 def test_its_settings_are_settings():

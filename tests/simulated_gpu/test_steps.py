@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.models import Inputs, make_precision
 from flux2 import adapters
+from flux2.adapters.loading import scaled
 from flux2.memory.activation_checkpointing import POLICIES, set_policy
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.models.transformer import Transformer
@@ -116,6 +117,23 @@ def test_compiled_blocks_take_no_more_memory(policy: str, storage: Storage | Non
         del model
     # 1.14 was seen in int8, and at most 1.022 in the others
     assert peaks[1] < (1.2 if storage == "int8" else 1.05) * peaks[0]
+
+
+def test_compiled_blocks_have_graphs_for_each_scale_of_the_adapter_and_compile_none_again() -> None:
+    """As target=slider changes the sign at every step: kernels are compiled in the first step of each."""
+    config, stats = SHALLOW["klein_base_4b"], torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    stats.clear()
+    model = make(config, "nf4", "full", ATTACH["lora"], 0.0, False)
+    set_policy(model, "full", compile=True)
+    given, graphs = Inputs(config, 16, 32, CUDA), []
+    for scale in (1.0, -1.0, 1.0, -1.0):
+        with scaled(model, scale):
+            given.backward(model)
+        graphs.append(stats["unique_graphs"])
+    # double blocks, single blocks, and the first, whose input has no gradient
+    assert graphs == [3, 6, 6, 6]
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_layers_are_stored_as_asked() -> None:

@@ -147,7 +147,7 @@ def test_a_text_encoder_in_less_memory_is_counted_as_it_is_kept(storage):
 
 
 def test_a_text_encoder_elsewhere_takes_no_memory_here():
-    run = load_config(compose("model=tiny", "device=cpu", "text_encoder=remote"))
+    run = load_config(compose("model=tiny", "device=cpu", "text_encoder=remote", "text_encoder.url=http://127.0.0.1:1"))
     assert "prompts" not in Planner(choosing.workload_of(run, on_gpu=False)).encoders()
 
 

@@ -152,11 +152,12 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
     )
     assert code == 0, err
     run = tmp_path / "run"
-    assert out.splitlines()[-5:] == [
+    assert out.splitlines()[-6:] == [
         f"adapter   {run}/adapter",
         f"numbers   {run}/metrics.jsonl",
         f"samples   {run}/samples",
         f"report    {run}/report.html",
+        "best checkpoint: none (nothing was validated)",
         f"use it    python -m flux2.generate --model small_dev --path {model_folders('dev')} --adapter {run}/adapter "
         f"--prompt 'a cup'\"'\"'s fox' --image {room}",
     ]
@@ -190,7 +191,7 @@ def test_a_picture_that_cannot_be_read_is_named_before_any_encoder_is_loaded(run
     monkeypatch.setattr(text_encoders, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
     code, _, err = run_command(*small(f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}"))
     assert code == 2
-    assert holds(err, f"error: ... 1 of 1 samples ... {folder / 'broken.png'} ... dataset.max_bad=1")
+    assert holds(err, f"error: ... 1 of 1 samples ... {folder / 'broken.png'} ... Fix them: there is no other")
     assert "Traceback" not in err
 
 
@@ -262,6 +263,16 @@ def test_a_mistake_on_the_command_line_of_the_entry_file_is_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert holds(one_message(done.stderr), "adapter.rnk=4 ... adapter.rank?")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_launcher_adds_nothing_to_an_error_with_the_configuration_that_the_documentation_names():
+    table = (ROOT / "docs" / "scaling.md").read_text()
+    words = re.search(r"`accelerate launch (--quiet [^`]*) train/run.py ...`", table)[1].split()
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    done = execute([*accelerate, "train/run.py", "adapter.rnk=4"])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert holds(one_message(done.stderr), "adapter.rnk=4 ... adapter.rank?")
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from train.cli.errors import USER_ERRORS, format_error, lost_jobs, no_choice, no_plugin
+from train.cli.errors import USER_ERRORS, check_no_switches, format_error, lost_jobs, no_choice, no_plugin
+from train.cli.settings_file import with_settings_file
 from train.cli.start import prepare_hydra
 from train.config.paths import CONFIG
 from train.distributed.launch import is_submitted
@@ -128,6 +129,8 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     try:
         if name != "train" and {"-m", "--multirun"} & set(sys.argv[1:]):  # before Hydra creates folders
             raise ValueError(NO_SWEEP)
+        sys.argv[1:] = with_settings_file(sys.argv[1:])
+        check_no_switches(sys.argv[1:], name)
         with stopped_at_once():
             hydra.main(version_base="1.3", config_path=str(CONFIG), config_name=name)(job)()
     except KeyboardInterrupt as stop:

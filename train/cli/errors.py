@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import hydra
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -79,6 +80,23 @@ def quoted_override(word: str, *, sweep: bool = False) -> str | None:
         if read == (items if is_list or choices else value):
             forms.append(shlex.quote(f"{key}={whole}"))
     return min(forms, key=len, default=None)
+
+
+def check_no_switches(words: Sequence[str], name: str = "train") -> None:
+    """Raise ValueError for `--steps 100`, with the form that is read; Hydra's own switches are left to Hydra."""
+    _, unknown = get_args_parser().parse_known_args(list(words))
+    switch = next((word for word in unknown if re.match(r"--?[A-Za-z]", word)), None)
+    if switch is None:
+        return
+    option, is_assigned, value = switch.partition("=")
+    key = option.lstrip("-").replace("-", "_")
+    if not is_assigned:
+        following = list(words)[list(words).index(switch) + 1 :][:1]
+        value = next((word for word in following if not word.startswith("-") and "=" not in word), "true")
+    known = known_settings(words, name)
+    shown = f"{key}={'...' if may_be_secret(key) else value}"
+    remedy = f"Write {shlex.quote(shown)}" if key in known else unknown_setting(shown, known)
+    raise ValueError(f"{option}: settings are written without dashes, as key=value. {remedy}")
 
 
 def unreadable(word: str, overrides: Sequence[str]) -> str:

@@ -12,10 +12,12 @@ import logging
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 
+from flux2.utils.text import listed
 from train.config.paths import CONFIG
 from train.utils.files import read_yaml
 from train.utils.redact import may_be_secret
@@ -47,6 +49,14 @@ def unknown_setting(given: str, known: Iterable[str]) -> str:
 def how_to_quote(key: str) -> str:
     """Return how a text that Hydra reads as another type, such as 2024 or true, is given."""
     return f"write '{key}=\"...\"', with both kinds of quotes, to give a number or a word such as true as text"
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """Return a composed configuration as plain values. Raise ValueError that names all missing settings."""
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        verb = "is" if len(missing) == 1 else "are"
+        raise ValueError(f"{listed(missing)} {verb} missing: add {' '.join(f'{key}=...' for key in missing)}")
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
 def check_keys(group: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from data.buckets import Buckets
@@ -33,7 +33,7 @@ from flux2.pipeline import reference_limit
 from flux2.quantization.precision import convert
 from flux2.utils.text import listed
 from flux2.weights.sources import ModelSource, model_source
-from train.config.instantiate import check_own_targets, instantiate, parse_settings
+from train.config.instantiate import check_own_targets, instantiate, parse_settings, to_plain
 from train.config.memory import AUTO, completed
 from train.config.settings import AdapterSettings, MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.distributed.processes import Processes, make_accelerator
@@ -93,14 +93,10 @@ class RunConfig:
 
     def __init__(self, config: DictConfig | dict[str, Any], planned_processes: int | None = None) -> None:
         self.is_saved = isinstance(config, dict)
-        self.composed: dict[str, Any] = (
-            config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        )
+        self.composed: dict[str, Any] = config if isinstance(config, dict) else to_plain(config)
         for group in GROUPS:
-            if not isinstance(self.composed.get(group), dict):
-                raise ValueError(
-                    f"{group}={self.composed.get(group)!r} must be a group of settings; see conf/train.yaml"
-                )
+            if not isinstance(given := self.composed.get(group), dict):
+                raise ValueError(f"{group}={given!r} must be a group of settings; see conf/train.yaml")
         top = {key: value for key, value in self.composed.items() if key not in GROUPS}
         self.chooses_batch = top.get("batch_size") == AUTO  # 1 until it is chosen
         top |= {"batch_size": 1} if self.chooses_batch else {}
@@ -163,6 +159,7 @@ class RunConfig:
                     "the images, which a slider does not learn. Set validate_every=0, and compare sample grids"
                 )
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
+        self.text_encoder.check(self.variant)
         self.tracker = self.instantiate("tracker")
 
     def with_memory(self, chosen: dict[str, Any]) -> RunConfig:
@@ -176,15 +173,20 @@ class RunConfig:
     def with_batch_size(self, chosen: int) -> RunConfig:
         """Return a copy with `batch_size`, which the run also writes to its config.yaml."""
         other = copy.copy(self)
-        other.composed = {**self.composed, "batch_size": chosen}
-        other.settings, other.chooses_batch = replace(self.settings, batch_size=chosen), False
+        other.composed, other.chooses_batch = {**self.composed, "batch_size": chosen}, False
+        other.settings = replace(self.settings, batch_size=chosen)
         return other
 
-    def with_prompts(self, prompts: Sequence[str]) -> RunConfig:
-        """Return a copy that samples `prompts` without references."""
+    def with_prompts(self, prompts: Sequence[str], references: Sequence[Sequence[str]] = ()) -> RunConfig:
+        """Return a copy that samples `prompts`, each with its list of `references`; by default with none."""
         other = copy.copy(self)
-        other.sample = replace(self.sample, prompts=list(prompts), references=[])
+        other.sample = replace(self.sample, prompts=list(prompts), references=list(map(list, references)))
         return other
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether the run draws sample grids, of its prompts or of the first captions."""
+        return self.sample.count > 0 and self.settings.sample_every > 0
 
     def dry_run(self, model: Transformer | None = None) -> RunConfig:
         """Return this configuration after checks on a model without memory, so that errors are reported early.
@@ -220,7 +222,7 @@ class RunConfig:
         if self.accelerator.is_main_process:
             drawing = self.variant if self.twin is None else self.twin.variant
             scale = drawing.guidance if self.sample.guidance is None else self.sample.guidance
-            guidance = self.target.warnings(scale) if self.sample.prompts and self.settings.sample_every else []
+            guidance = self.target.warnings(scale) if self.draws_samples else []
             unusual = unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors)
             for warning in [*unusual, *guidance]:
                 warn(warning)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flux2.models.text_encoder import TextStorage, check_storage
-from flux2.prompts.remote_client import Client, ProtocolName, check_patience, check_url, pick_protocol
+from flux2.models.variants import Variant
+from flux2.prompts.remote_client import PUBLISHED, Client, ProtocolName, check_patience, check_url, pick_protocol
 from flux2.prompts.remote_protocol import Unreachable
 from flux2.utils.checks import MAX_LENGTH
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
@@ -22,6 +23,9 @@ Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
 class PromptEncoder(Protocol):
     """Source of embeddings."""
+
+    def check(self, variant: Variant) -> None:
+        """Raise ValueError if it is known not to have the embeddings of `variant`."""
 
     here: bool  # whether it runs on this machine and takes its memory
     storage: TextStorage | None  # of its layers' weights on this machine; None is the run's dtype
@@ -51,6 +55,9 @@ class LocalTextEncoder:
         check_storage(storage, "text_encoder.storage")
         self.length, self.storage = length, storage
         self.cut: list[str] = []
+
+    def check(self, variant: Variant) -> None:
+        return
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
         text, files = source.variant.text, text_encoder_fingerprint(source)
@@ -101,6 +108,14 @@ class RemoteTextEncoder:
         self.timeout, self.attempts, self.wait = timeout, attempts, wait
         self.cut: list[str] = []
         self._client: Client | None = None
+
+    def check(self, variant: Variant) -> None:
+        """Raise ValueError if `url` is Hugging Face's endpoint for dev, and `variant` is another model."""
+        if check_url(self.url) == PUBLISHED and variant.name != "dev":
+            raise ValueError(
+                f"text_encoder.url={self.url} is the text encoder of model=dev, not of model={variant.name}. Set "
+                "text_encoder=local, or text_encoder.url=... of a `python -m flux2.serve` for this model"
+            )
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
         """Return the identity that the server reports; `dtype` is ignored, because the server has its own.

@@ -26,6 +26,9 @@ class Features(Protocol):
 
     name: str  # in a report
 
+    def check(self) -> None:
+        """Raise ValueError, before anything is drawn, if it cannot be loaded or gives no vectors."""
+
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
         """Return a function from an image to its vector (D,), float32 on the CPU.
 
@@ -46,6 +49,9 @@ class Latents:
             raise ValueError(f"features.side={side!r} must be a multiple of 16 pixels")
         self.side = side
         self.name = f"latents of the autoencoder at {side} x {side} px"
+
+    def check(self) -> None:
+        """The run's own autoencoder draws the images, too."""
 
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
         model = autoencoder()
@@ -91,7 +97,13 @@ class Vision:
         self.path, self.side, self.mean, self.std = path, side, tuple(mean), tuple(std)
         self.name = f"{path} at {side} x {side} px"
 
+    def check(self) -> None:
+        self._describe(torch.device("cpu"))(Image.new("RGB", (self.side, self.side)))
+
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
+        return self._describe(device)
+
+    def _describe(self, device: torch.device) -> Describe:
         model = self.open_model(device)
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (self.mean, self.std))
 
@@ -133,6 +145,10 @@ class Clip(Vision):
     """
 
     remedy = "give a model with get_image_features and get_text_features, such as openai/clip-vit-base-patch32"
+
+    def check(self) -> None:
+        super().check()
+        self.load_text(torch.device("cpu"))("a cup")
 
     def image_vector(self, model: Any, pixels: Tensor) -> Tensor:
         return pooled(model.get_image_features(pixel_values=pixels))

@@ -6,7 +6,15 @@ Thresholds are wide: they find runs that a glance at the images finds too, and d
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.evaluation.recommend import FEW_SAMPLES, difference, nonfinite_steps, percent, training_rise, validations
+from train.evaluation.recommend import (
+    FEW_SAMPLES,
+    FLAT,
+    difference,
+    nonfinite_steps,
+    percent,
+    training_rise,
+    validations,
+)
 from train.evaluation.results import Evaluation, Row
 from train.tracking.metrics import read_metrics
 
@@ -25,7 +33,7 @@ def problems_of_training(folder: Path) -> list[str]:
     if steps := nonfinite_steps(folder):
         found.append(f"the validation loss was not finite after step {', '.join(map(str, steps))}")
     measured = validations(folder)
-    if len(measured) > 1 and measured[0].step == 0 and measured[-1].mean > measured[0].mean:
+    if len(measured) > 1 and measured[0].step == 0 and measured[-1].mean > (1 + FLAT) * measured[0].mean:
         base, last_one = measured[0], measured[-1]
         noise = "beyond" if difference(last_one, base).is_clear else "within"
         found.append(

@@ -22,6 +22,9 @@ MAX_ROWS = 10
 FEW_SAMPLES, FEW_STEPS = 4, 3  # with fewer, the lowest loss may well be chance
 RISEN = 1.25  # training loss at the end divided by that at the start, from which on a run diverged
 EXPLODED = 2  # the lowest training loss at the end divided by the first two: a run can diverge within its start
+EXPLODED_EARLY = 10  # the same with fewer than twice LAST_LOSSES of them, which vary with the drawn timesteps
+FLAT = 0.001  # share of the base's validation loss; with a smaller change, nothing was learned
+NOISE_AND_IMAGE = 2.0  # mean squared error of a prediction of zero: the variance of the noise, and that of the latents
 LOWER = "A lower optimizer.lr may help"
 HELD_OUT = "validation.held_out=4 sets 4 samples aside (in a new run)"
 
@@ -64,6 +67,8 @@ class Recommendation:
     reasons: list[str]  # why it is recommended, or why none is
     table: list[str] = field(default_factory=list)  # the losses, to be shown before the reasons
     unfit: str = ""  # why the finished adapter should not be used; empty if nothing speaks against it
+    verdict: str = "none"  # the outcome in a few words, for the last lines of a run
+    rate_factor: float = 1.0  # what to multiply the learning rate by in a new run
 
     @property
     def lines(self) -> list[str]:
@@ -140,16 +145,37 @@ def percent(loss: float, base: float) -> str:
 
 
 def training_rise(folder: Path) -> str:
-    """Return that the training loss of a run rose far, with the numbers; empty if it did not."""
+    """Return that the training loss of a run rose far, with the numbers; empty if it did not, or cannot be known."""
     losses = [value for _, value in series(read_metrics(folder), "loss")]
-    if len(losses) < 2 * LAST_LOSSES:
+    count = min(LAST_LOSSES, len(losses) // 2)
+    if count < 2:
         return ""
-    first, last, before = fmean(losses[:LAST_LOSSES]), fmean(losses[-LAST_LOSSES:]), max(losses[:2])
+    first, last, before = fmean(losses[:count]), fmean(losses[-count:]), max(losses[:2])
+    if count < LAST_LOSSES:
+        if min(losses[-count:]) > EXPLODED_EARLY * before:
+            return f"the training loss rose: from {before:.4g} to {last:.4g} within {len(losses)} logged steps"
+        return ""
     if last > RISEN * first:
         return f"the training loss rose: from {first:.4g} to {last:.4g}, means of {LAST_LOSSES} logged steps"
     if last > first and min(losses[-LAST_LOSSES:]) > EXPLODED * before:
         return f"the training loss rose early: from {before:.4g} to {last:.4g}, mean of {LAST_LOSSES} logged steps"
     return ""
+
+
+def unvalidated_training(folder: Path, config: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return what the logged training losses tell of a run without validation, and whether it probably diverged."""
+    losses = [value for _, value in series(read_metrics(folder), "loss")]
+    if not losses:
+        return "", False
+    count = max(1, min(LAST_LOSSES, len(losses) // 2))
+    first, last = fmean(losses[:count]), fmean(losses[-count:])
+    span = f"Its training loss went from {first:.4g} to {last:.4g} in {many(len(losses), 'logged step')}"
+    plain = (("target", "Flow"), ("loss", "MSE"), ("weighting", "Unweighted"))
+    is_plain = all(str((config.get(group) or {}).get("_target_")).endswith(f".{kind}") for group, kind in plain)
+    if is_plain and max(first, last) > EXPLODED * NOISE_AND_IMAGE:
+        zero = f"{NOISE_AND_IMAGE:g}, that of a prediction of zero"
+        return f"{span}. {max(first, last):.4g} is far above {zero}, so the run probably diverged. {LOWER}", True
+    return span, False
 
 
 def what_is_unfit(folder: Path) -> str:
@@ -163,7 +189,7 @@ def what_is_unfit(folder: Path) -> str:
     if not found or found[0].step or not found[0].is_finite:
         return training_rise(folder)
     base, last = found[0].mean, found[-1].mean
-    if last <= base:
+    if last <= base * (1 + FLAT):
         return ""
     return f"its validation loss is {last:.4g}, and the base's {base:.4g} ({percent(last, base)})"
 
@@ -216,12 +242,40 @@ def explain(best: Validation, last: Validation, base: Validation | None) -> str:
     return f"{lower}, within the noise ({span}): either will do, so let the sample grids decide"
 
 
-def no_gain(best: Validation, base: Validation) -> str:
-    """Return why not even the checkpoint of the lowest loss is recommended: the base's is as low."""
-    loss = (
-        f"{best.mean:.4g} after step {best.step}, and the base's is {base.mean:.4g} ({percent(best.mean, base.mean)})"
+def is_gain(one: Validation, base: Validation) -> bool:
+    """Return whether the loss is lower than the base's by more than what counts as flat."""
+    return one.mean < base.mean * (1 - FLAT)
+
+
+def no_gain(best: Validation, last: Validation, base: Validation) -> tuple[str, str, float]:
+    """Return why not even the checkpoint of the lowest loss is recommended, in a few words and in sentences.
+
+    The third value is what to multiply the learning rate by in a new run.
+    """
+    gain = percent(best.mean, base.mean)
+    loss = f"The lowest validation loss is {best.mean:.4g} after step {best.step}, and the base's is {base.mean:.4g}"
+    if last.mean > RISEN * base.mean:
+        after = f"The validation loss is {last.mean:.4g} after step {last.step}, and the base's is {base.mean:.4g}"
+        end = percent(last.mean, base.mean)
+        return f"the run diverged, {end}", f"the run diverged. {after} ({end}). Lower optimizer.lr, to a tenth", 0.1
+    if max(abs(one.mean - base.mean) for one in (best, last)) <= FLAT * base.mean:
+        remedy = "Train for more steps, or raise optimizer.lr"
+        return f"nothing was learned, {gain}", f"nothing was learned. {loss} ({gain}). {remedy}", 10.0
+    return (
+        f"none predicts better than the base, {gain}",
+        f"none predicts better than the base. {loss} ({gain}). {LOWER}",
+        1.0,
     )
-    return f"none predicts better than the base. The lowest validation loss is {loss}. {LOWER}"
+
+
+def outcome(best: Validation, last: Validation, base: Validation | None, steps: int, *, alone: bool) -> str:
+    """Return the recommended step with its gain, and what weakens the choice among `steps` validations."""
+    notes = [percent(best.mean, base.mean)] if base is not None else []
+    if alone:
+        notes.append("the only one measured")
+    elif weak := reservation(best, last, steps).strip(" ,"):
+        notes.append(weak)
+    return f"step {best.step} ({', '.join(notes)})" if notes else f"step {best.step}"
 
 
 def recommend(folder: Path) -> Recommendation:
@@ -238,18 +292,33 @@ def recommend(folder: Path) -> Recommendation:
     measured, broken = validations(folder), nonfinite_steps(folder)
     saved, unfit = {step_of(place): place for place in checkpoints(folder)}, what_is_unfit(folder)
 
-    def no_checkpoint(reason: str, table: Sequence[str] = ()) -> Recommendation:
-        return Recommendation(None, [f"no checkpoint is recommended: {reason}"], list(table), unfit)
+    def no_checkpoint(
+        reason: str, table: Sequence[str] = (), *, short: str, rate_factor: float = 1.0
+    ) -> Recommendation:
+        reasons = [f"no checkpoint is recommended: {reason}"]
+        return Recommendation(None, reasons, list(table), unfit, f"none ({short})", rate_factor)
 
-    if not measured and broken:
-        return no_checkpoint(f"no validation loss is finite. {nonfinite_cause(folder)}")
+    if broken and not any(one.step for one in measured):
+        found = "the run diverged: no validation loss of a trained adapter" if measured else "no validation loss"
+        reason, factor = f"{found} is finite. {nonfinite_cause(folder)}", 0.1 if measured else 1.0
+        short = "the run diverged, its loss is not finite" if measured else "no loss is finite"
+        return no_checkpoint(reason, short=short, rate_factor=factor)
     if not measured and unfit:
-        return no_checkpoint(f"{unfit}. {LOWER}")
+        return no_checkpoint(f"the run diverged: {unfit}. {LOWER}", short="the run diverged", rate_factor=0.1)
     if str(config.get("target", {}).get("_target_")).endswith(".Slider"):
-        return no_checkpoint("a slider does not learn the images, so it has no validation loss; compare sample grids")
+        reason = "a slider does not learn the images, so it has no validation loss; compare sample grids"
+        return no_checkpoint(reason, short="compare the sample grids")
     if not measured:
         key = "validation.samples=8" if config.get("validate_every") else "validate_every=50"
-        return no_checkpoint(f"nothing was validated. Set {key}; {HELD_OUT}")
+        known, is_bad = unvalidated_training(folder, config)
+        short = "nothing was validated, the run probably diverged" if is_bad else "nothing was validated"
+        reason = f"nothing was validated. {known}{'. ' if known else ''}Set {key}; {HELD_OUT}"
+        return no_checkpoint(reason, short=short, rate_factor=0.1 if is_bad else 1.0)
+
+    def without_gain(best: Validation, last: Validation, base: Validation) -> Recommendation:
+        short, reason, factor = no_gain(best, last, base)
+        return no_checkpoint(reason, table, short=short, rate_factor=factor)
+
     base = measured[0] if measured[0].step == 0 else None
     held_out = bool(validation.get("held_out"))
     table = [f"validation loss, {count_samples(measured[-1], held_out)} at {many(times, 'time')}:"]
@@ -258,11 +327,12 @@ def recommend(folder: Path) -> Recommendation:
     lowest = min(trained, key=lambda one: one.mean, default=measured[0])
     if not chosen:
         table += table_rows(trained, lowest, base)
-        if base is not None and lowest.step and lowest.mean >= base.mean:
-            return no_checkpoint(no_gain(lowest, base), table)
+        if base is not None and lowest.step and not is_gain(lowest, base):
+            return without_gain(lowest, trained[-1], base)
         unsaved = "none was saved but the finished adapter. Set checkpoint_every=250 to have a choice"
         unvalidated = "none was validated. Set checkpoint_every to a multiple of validate_every"
-        return no_checkpoint(unvalidated if saved else unsaved, table)
+        short = "none was validated" if saved else "none was saved but the last step"
+        return no_checkpoint(unvalidated if saved else unsaved, table, short=short)
     best = min(chosen, key=lambda one: one.mean)
     table += table_rows(chosen, best, base)
     if broken := [step for step in broken if step in saved]:
@@ -273,19 +343,20 @@ def recommend(folder: Path) -> Recommendation:
         table.append(f"  and {len(without)} not validated (step {steps}): {why}")
     if lowest.mean < best.mean and lowest.step:
         table.append(f"  the lowest of all, {lowest.mean:.4f}, was after step {lowest.step}, which is not kept")
-    if base is not None and best.mean >= base.mean:
-        return no_checkpoint(no_gain(best, base), table)
+    if base is not None and not is_gain(best, base):
+        return without_gain(best, trained[-1], base)
     if base is None and unfit:
-        return no_checkpoint(f"{unfit}. {LOWER}", table)
-    why = explain(best, chosen[-1], base)
+        return no_checkpoint(f"the run diverged: {unfit}. {LOWER}", table, short="the run diverged", rate_factor=0.1)
+    why, alone = explain(best, chosen[-1], base), len(trained) == 1
     if len(chosen) == 1:
         gain = f", {percent(best.mean, base.mean)} against the base" if base is not None else ""
-        why = f"it is the only one that was validated{gain}"
+        why = f"it is the only checkpoint that was validated{gain}"
     reasons = [f"recommended{reservation(best, chosen[-1], len(trained))} {saved[best.step]}: {why}"]
     if not held_out:
         little = "so it says little: it also falls if images are only memorized"
         reasons.append(f"  the loss is that of training samples, {little}. {HELD_OUT}")
-    return Recommendation(saved[best.step], reasons, table, unfit)
+    short = outcome(best, chosen[-1], base, len(trained), alone=alone)
+    return Recommendation(saved[best.step], reasons, table, unfit, short)
 
 
 def recommend_or_warn(folder: Path) -> Recommendation:
@@ -293,4 +364,5 @@ def recommend_or_warn(folder: Path) -> Recommendation:
     try:
         return recommend(folder)
     except (OSError, ValueError, TypeError) as error:
-        return Recommendation(None, [f"warning: no checkpoint can be recommended ({error})"])
+        why = [f"warning: no checkpoint can be recommended ({error})"]
+        return Recommendation(None, why, verdict="none (its numbers cannot be read)")

@@ -54,6 +54,7 @@ class Evaluation:
     trained: list[str] = field(default_factory=list)  # names of the training images
     own: tuple[float, ...] = ()  # distance of each training image to its nearest other one, ascending
     pictures: dict[int, Image.Image] = field(default_factory=dict)  # training images nearest to one of the chosen row
+    edited: list[Image.Image | None] = field(default_factory=list)  # what each prompt edits
     damaged: list[str] = field(default_factory=list)  # what could not be evaluated
     notes: list[str] = field(default_factory=list)  # what else a reader should know
 
@@ -61,6 +62,10 @@ class Evaluation:
     def labels(self) -> list[str]:
         """A caption for each column."""
         return [f"{self.prompts[i]} (seed {seed})" for i, seed in self.columns]
+
+    def reference(self, column: int) -> Image.Image | None:
+        """What the image in a column is an edit of; None if it is none."""
+        return self.edited[self.columns[column][0]] if self.edited else None
 
     @property
     def base(self) -> Row:

@@ -205,6 +205,16 @@ class Objective:
     guidance: float | None = None
     dtype: torch.dtype | None = None
 
+    def metrics(self, losses: Losses) -> dict[str, float]:
+        """Return the losses of a step to log; those of preservation and of class images only where there are any."""
+        numbers = {"loss": losses.flow.item()}
+        if self.preservation.active:
+            numbers["preservation_loss"] = losses.preservation.item()
+        if self.prior and losses.prior is not None:
+            numbers["prior_loss"] = losses.prior.item()
+        names = ("preference_accuracy", "preference_margin")  # only with loss=dpo are there values
+        return numbers | {name: value.item() for name, value in zip(names, losses.preference, strict=False)}
+
     def micro_batches(self, loader: Loader, step: int) -> list[MicroBatch]:
         """Return this process's micro-batches of `step` with their noise, those of class images last."""
 

@@ -42,9 +42,10 @@ def compiles(config: RunConfig, shapes: int) -> tuple[bool, str]:
     on = gpu(gpu_name(device), torch.cuda.get_device_properties(device).total_memory / GIB)
     prediction = planner.predict(choice_of(config.composed["memory"]))
     saved = settings.steps * (prediction.seconds(on) - replace(prediction, compiled=True).seconds(on))
-    validates = settings.validate_every > 0 or settings.sample_every > 0
+    evaluates = settings.validate_every > 0 or settings.sample_every > 0 or bool(planner.job.frozen_rows)
+    scales = len(set(config.target.scales))  # each is a constant of its graphs
     graphs = GRAPHS * shapes * planner.job.num_gpus  # each GPU has its own
-    taken = SECONDS_PER_GRAPH * graphs * (1.5 if validates else 1)  # assumed: half as long without gradients
+    taken = SECONDS_PER_GRAPH * graphs * (scales + 0.5 * evaluates)  # assumed: half as long without gradients
     text = (
         f"{many(settings.steps, 'step')} are predicted to be {saved:.0f} s shorter, and compiling for "
         f"{many(shapes, 'shape')} to take {taken:.0f} s"

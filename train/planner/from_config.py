@@ -106,14 +106,16 @@ def workload_of(
     split = config.memory.split if num_gpus is None else None
     num_gpus = num_gpus or (1 if split is None else len(config.devices) if split == AUTO else len(split))
     settings, side = config.settings, config.buckets.largest
-    samples = bool(config.sample.prompts) and settings.sample_every > 0
+    samples = config.draws_samples
+    references = [(settings.reference_resolution,) * 2 for _ in range(references_of(config.composed["dataset"]))]
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
+    captioned = references if samples and not config.sample.prompts else []  # the captions' own
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
     rejected = settings.batch_size if isinstance(config.loss, DPO) else 0
     held = config.preservation.rows(settings.batch_size) + rejected
     prior, outside = config.prior, settings.batch_size if config.loss.needs_base else 0
-    guides = 1 if isinstance(config.target, ContrastiveGuidance) else len(config.target.prompts_for([]))
-    guided = guides * settings.batch_size
+    is_contrastive = isinstance(config.target, ContrastiveGuidance)  # all rows have the empty prompt
+    guided = settings.batch_size * (1 if is_contrastive else len(config.target.prompts_for([])))
     precision = precision or planned_precision(config, on_gpu, in_fp8)
     is_usual = config.memory.attention is None and config.memory.kernels == "torch" and num_gpus == 1
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
@@ -123,14 +125,15 @@ def workload_of(
         dtype=precision.dtype,
         optimizer=config.make_optimizer,
         pixels=(side, side),
-        references=[(settings.reference_resolution,) * 2 for _ in range(references_of(config.composed["dataset"]))],
+        references=references,
         sample_pixels=(config.sample.width or side, config.sample.height or side) if samples else None,
-        sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=[]),
+        sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=captioned),
         twin=samples and config.twin is not None,
         text_tokens=config.text_encoder.length or config.variant.text.length,
         rows=settings.batch_size + held,
         held=held,
         frozen_rows=[rows for rows in (held + outside, guided) if rows],
+        guides=1 if is_contrastive else guided,
         accumulation=settings.gradient_accumulation * (len(config.target.scales) if config.target.uses_pairs else 1),
         averaged=settings.ema_decay > 0,
         class_rows=prior.images_per_batch(settings.batch_size) if prior else 0,

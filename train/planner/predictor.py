@@ -245,20 +245,12 @@ class Planner:
         layers = (layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear))
         return self.job.dtype.itemsize * max((layer.in_features * layer.out_features for layer in layers), default=0)
 
-    @cached_property
-    def inputs(self) -> int:
-        """Bytes of a micro-batch: latents and embeddings in float32, the first block's input, and rotary angles."""
-        job, config, shape = self.job, self.job.model.config, self.job.shape
-        row = shape.text * config.text_width * (4 + job.dtype.itemsize) + shape.image * config.channels * 12
-        stream = shape.tokens * config.hidden * job.dtype.itemsize
-        return shape.rows * (row + stream) + shape.tokens * config.head_dim * 4
-
     def inputs_of(self, part: Part) -> int:
         """Bytes of what the device of `part` receives: the micro-batch on the first, else tokens and rotary angles."""
         shape = self.job.shape
         if part.is_first:
             returned = shape.rows * shape.predicted * self.job.model.config.channels * 12  # prediction and its gradient
-            return self.inputs + returned * (not part.is_last)
+            return self.job.input_bytes + returned * (not part.is_last)
         return self.boundary + shape.tokens * self.job.model.config.head_dim * 8
 
     def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
@@ -337,10 +329,13 @@ class Planner:
             **libraries,
         }
         inputs = self.inputs_of(part)
-        phases: dict[str, dict[str, float]] = {
-            "step": {**resident, "micro-batch": inputs, "kept for backward": kept, "working set": working},
-            "update": {**resident, "working set": update_bytes(self.parameters_of(part))},
-        }
+        phases: dict[str, dict[str, float]] = {}
+        if rows := max(job.frozen_rows, default=0):
+            working_then = self.inference(replace(job.shape, rows=rows), job.autocast)[0]
+            joined = {"working set": working_then + rows * job.embedding_bytes * part.is_first}
+            phases["targets"] = {**resident, "micro-batch": inputs, **joined}
+        phases["step"] = {**resident, "micro-batch": inputs, "kept for backward": kept, "working set": working}
+        phases["update"] = {**resident, "working set": update_bytes(self.parameters_of(part))}
         idle = {key: value for key, value in resident.items() if key != "its gradients"}
         idle["trained weights"] = self.swapped_of(part)
         if job.validates:
@@ -350,8 +345,9 @@ class Planner:
             predicted, edited = tokens(job.sample_pixels), sum(map(tokens, job.sample_references))
             shape = replace(job.shape, rows=1, image=predicted + edited, predicted=predicted)
             working = self.inference(shape, False)[0]
-            images = (self.autoencoder[2], self.reference_encoder) if part.is_first else ()
-            twin = {"sampling model": self.twin + adapter["adapter"]} if job.twin else {}
+            noise = 4 * predicted * job.model.config.channels
+            images = (self.autoencoder[2] + noise, self.reference_encoder) if part.is_first else ()
+            twin = {"sampling model": self.twin + 4 * job.trained_parameters} if job.twin else {}  # in float32
             phases["samples"] = {**idle, **twin, "working set": max([working + self.cached(edited, part), *images])}
         if job.class_pixels:
             predicted = tokens(job.class_pixels)

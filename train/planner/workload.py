@@ -32,6 +32,7 @@ class Workload:
     rows: int = 1  # images in a micro-batch, including `held`
     held: int = 0  # the images that preservation adds, and the rejected ones of pairs
     frozen_rows: Sequence[int] = ()  # images of each prediction without a gradient that a micro-batch makes first
+    guides: int = 0  # embeddings of the prompts that the target is made of
     accumulation: int = 1  # micro-batches of a step; a slider from pairs has one for each end
     averaged: bool = False  # whether an EMA of the adapter is kept
     class_rows: int = 0  # class images in their own micro-batch
@@ -64,6 +65,19 @@ class Workload:
         predicted = tokens(self.pixels)
         image = predicted + sum(tokens(reference) for reference in self.references)
         return Shape(self.rows, image, self.text_tokens, predicted, self.float32_attention)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the embedding of a prompt on the device, in float32."""
+        return 4 * self.text_tokens * self.model.config.text_width
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of a micro-batch: latents and embeddings in float32, the first block's input, and rotary angles."""
+        config, shape = self.model.config, self.shape
+        row = shape.text * config.text_width * (4 + self.dtype.itemsize) + shape.image * config.channels * 12
+        stream = shape.tokens * config.hidden * self.dtype.itemsize
+        return shape.rows * (row + stream) + self.guides * self.embedding_bytes + shape.tokens * config.head_dim * 4
 
     @property
     def trained_parameters(self) -> int:

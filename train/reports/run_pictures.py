@@ -24,7 +24,7 @@ from train.evaluation.results import BASE, Evaluation, Row
 from train.reports.html import Table, number
 from train.utils.files import make_writable, read_image, write_whole
 from train.utils.redact import masked_text
-from train.validation.sample_grid import sample_grids, split_grid
+from train.validation.sample_grid import sample_grids, split_grid, split_references
 
 MAX_GRIDS = 12
 PAIRS, PAIRS_FILE = "before_after", "pictures.json"
@@ -65,10 +65,13 @@ def training_cells(folder: Path) -> list[Cell]:
         files = [files[round(i * (len(files) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
     grids = [(f"step {step}" if step else BASE, read_image(file)) for step, file in files]
     parts = [(name, found) for name, grid in grids if grid is not None and (found := split_grid(grid))]
-    cells = []
+    newest = next((grid for _, grid in reversed(grids) if grid is not None and split_grid(grid)), None)
+    edited, cells = split_references(newest) if newest is not None else [], []
     for i, (prompt, _) in enumerate(parts[-1][1] if parts else []):
         same = [(name, found[i][1]) for name, found in parts if i < len(found) and found[i][0] == prompt]
-        cells.append(Cell(prompt, [Shot(name, image, name == parts[-1][0]) for name, image in same]))
+        given = edited[i % len(edited)] if edited else None  # the same at each scale
+        shots = [Shot(name, image, name == parts[-1][0]) for name, image in same]
+        cells.append(Cell(prompt, [*shots, *([Shot("reference", given)] if given is not None else [])]))
     return cells
 
 
@@ -118,6 +121,8 @@ def evaluation_cells(evaluations: Sequence[Evaluation], runs: Sequence[str]) -> 
                 file = row.files[column]
                 if row is not other.base or not file or not base or file.read_bytes() != base.read_bytes():
                     shots.append(Shot(f"{run}: {row.name}", read_image(file)))
+        if (given := first.reference(column)) is not None:
+            shots.append(Shot("reference", given))
         cells.append(Cell(label, shots))
     return cells
 

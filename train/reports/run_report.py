@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -36,6 +36,8 @@ from train.utils.console import warn
 from train.utils.files import write_whole
 from train.utils.redact import masked, masked_command, masked_text
 
+LIVE_SECONDS = 10.0  # between two reports while a run trains
+LIVE_SHARE = 0.05  # of the time, at most, in which these are written
 REPORT, COMMANDS = "report.html", "command.txt"
 MOST_COMMAND = 1 << 20  # bytes
 TIME = re.compile(r"validation_loss/(\d(?:\.\d{1,9})?(?:e-\d{1,2})?)")  # key of the loss at a time, 0 to 1
@@ -52,6 +54,7 @@ class RunSummary:
     recommended: int | None  # step of the recommended checkpoint
     reasons: list[str]  # sentences about the recommendation
     problems: list[str]  # sentences about what stands out
+    progress: str  # how far the training is; empty if it has ended
     command: str  # the commands that started and resumed it; empty if they were not kept
 
     @classmethod
@@ -68,8 +71,13 @@ class RunSummary:
             command = read_text(file, MOST_COMMAND).strip()
         except ValueError:  # there is none, or it was not written by us
             command = ""
-        problems = find_problems(folder, evaluation)
-        return cls(folder, label, config, read_metrics(folder), step, reasons, problems, command)
+        problems, lines, progress = find_problems(folder, evaluation), read_metrics(folder), ""
+        done, steps = max((line["step"] for line in lines), default=0), config.get("steps")
+        if lines and isinstance(steps, int) and done < steps:
+            progress = f"after step {done} of {steps}"
+            if step is None and evaluation is None:
+                reasons = []  # it is too early to say why none is recommended
+        return cls(folder, label, config, lines, step, reasons, problems, command, progress)
 
     def series(self, key: str) -> list[tuple[int, float]]:
         return series(self.lines, key)
@@ -229,3 +237,20 @@ def write_or_warn(folder: Path, pairs: Sequence[Pair] = ()) -> Path | None:
     except Exception as error:  # of an image library, or from numbers that were edited by hand
         warn(f"{folder / REPORT} could not be written ({type(error).__name__}: {error})")
         return None
+
+
+class LiveReport:
+    """Rewrites the report of a run while it trains, in a small share of the time."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.folder, self._clock, self._is_possible = folder, clock, True
+        self._due = clock() + LIVE_SECONDS
+
+    def update(self) -> None:
+        """Write the report, unless the last one was written too recently; after a failure, leave it to the end."""
+        began = self._clock()
+        if not self._is_possible or began < self._due:
+            return
+        self._is_possible = write_or_warn(self.folder) is not None
+        ended = self._clock()
+        self._due = ended + max(LIVE_SECONDS, (ended - began) / LIVE_SHARE)

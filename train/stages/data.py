@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,7 +14,8 @@ from data.cache.image_digests import Digests
 from data.cache.prepared import CachedDataset
 from data.files import user_path
 from data.loader import Loader
-from data.sources import Source
+from data.sources import Sample, Source
+from data.sources.images import FileOpener, Picture
 from flux2.utils.text import listed
 from flux2.weights.sources import fingerprint
 from train.checkpoints.checkpoint import read_state
@@ -46,8 +47,10 @@ class PreparedData:
     classes: tuple[Source, CachedDataset] | None = None
 
     @property
-    def first_caption(self) -> str:
-        return next((sample.caption for sample in self.samples if sample.caption), "")
+    def example(self) -> tuple[str, list[str]]:
+        """The caption of the first sample that has one, and the files of what it edits."""
+        found = first_captions(self.samples, 1)
+        return found[0] if found else ("", [])
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,54 @@ class TrainingData:
     def state(self) -> dict[str, Any]:
         """What `check_unchanged` compares, for the checkpoints."""
         return {"data": self.manifest.digest, "models": dict(self.models)}
+
+
+def first_captions(samples: Iterable[Sample], count: int) -> list[tuple[str, list[str]]]:
+    """Return the first different captions of a dataset, each with the files of what it edits; `""` for one in a table.
+
+    At most `count` are returned.
+    """
+
+    def file(picture: Picture) -> str:
+        source = picture.open
+        return source.path if isinstance(source, FileOpener) and source.length is None else ""
+
+    found: dict[str, list[str]] = {}
+    for sample in samples:
+        if len(found) == count:
+            break
+        if sample.caption and sample.caption not in found:
+            found[sample.caption] = [file(picture) for picture in sample.references]
+    return list(found.items())
+
+
+def sample_captions(config: RunConfig, samples: Iterable[Sample], count: int | None = None) -> RunConfig:
+    """Return the configuration with the first captions as the sample prompts, if it has none.
+
+    `count` is `sample.captions` by default. Captions that edit images without a file of their own are left out.
+    """
+    if config.sample.prompts:
+        return config
+    found = first_captions(samples, config.sample.captions if count is None else count)
+    usable = [(caption, files) for caption, files in found if all(files)]
+    return config.with_prompts([caption for caption, _ in usable], [files for _, files in usable])
+
+
+def announce_samples(config: RunConfig, samples: Iterable[Sample]) -> RunConfig:
+    """Return what `sample_captions` returns, and say what is drawn and how to change that."""
+    if config.sample.prompts or not config.draws_samples:
+        return config
+    chosen = sample_captions(config, samples)
+    if not (count := len(chosen.sample.prompts)):
+        config.say("no sample grids: there is no caption to draw. Set sample.prompts, for edits with sample.references")
+        return config
+    drawn = many(count * len(chosen.sample.scales), "image")
+    config.say(
+        f"sample grids: {drawn} of {'the first caption' if count == 1 else f'the first {count} captions'} before "
+        f"training, every {config.settings.sample_every} steps and at the end. Set sample.prompts for others, or "
+        "sample.captions=0 for none"
+    )
+    return chosen
 
 
 def paths(dataset: object) -> list[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,13 +11,15 @@ from hydra.core.hydra_config import HydraConfig
 
 from flux2.adapters.files import UNFINISHED_FILE, format_notes
 from flux2.quantization.precision import precision_from_name
+from train.checkpoints.checkpoint import checkpoints, step_of
 from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
-from train.evaluation.recommend import recommend_or_warn
+from train.evaluation.recommend import Recommendation, recommend_or_warn
 from train.publishing import model_card
 from train.publishing.hub import push_or_warn
 from train.reports import run_report
 from train.sweeps.job import is_sweep
+from train.utils.checks import is_number
 from train.utils.console import UNSAVED, say, warn_unsaved
 from train.utils.redact import masked_text
 from train.utils.signals import stop_requests
@@ -61,11 +64,14 @@ def write_card(config: RunConfig, folder: Path, samples: int) -> None:
         warn_unsaved(f"the model card could not be written ({error})")
 
 
-def announce(config: RunConfig, adapter: Path, caption: str) -> None:
-    """Print the results and how to use them, with `caption` if the run samples no prompts, and push with `hub.push`."""
+def announce(config: RunConfig, adapter: Path, caption: str, references: Sequence[str] = ()) -> None:
+    """Print the results and how to use them, and push with `hub.push`.
+
+    `caption` and `references` are those of a sample, for the command if the run has no sample prompts.
+    """
     if not config.accelerator.is_main_process:
         return
-    found, used = recommend_or_warn(adapter.parent), adapter
+    found = recommend_or_warn(adapter.parent)
     if not is_sweep():  # a sweep ends with the lines of its best job
         say(*found.lines)
     if config.hub.push:
@@ -75,20 +81,46 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
     if note := format_notes(adapter):
         config.say(f"formats   {note}")
     config.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
-    if config.sample.prompts and config.settings.sample_every:
+    if config.draws_samples and (adapter.parent / "samples").is_dir():
         config.say(f"samples   {adapter.parent / 'samples'}")
     if (adapter.parent / run_report.REPORT).is_file():
         config.say(f"report    {adapter.parent / run_report.REPORT}")
     if found.unfit:
-        used = adapter if found.checkpoint is None else found.checkpoint / "adapter"
         config.say(f"careful   the adapter of the last step is not recommended: {found.unfit}")
-    use = "try it" if found.unfit and found.checkpoint is None else "use it"
     if len(config.target.scales) > 1:
         config.say("scales    write --adapter FOLDER:-1 for the other end, and numbers between and beyond")
-    config.say(f"{use}    {shlex.join(map(masked_text, words_to_generate(config, used, caption)))}")
+    config.say(f"best checkpoint: {found.verdict}")
+    for what, command_line in next_commands(config, adapter, found, caption, references):
+        config.say(f"{what:<10}{command_line}")
 
 
-def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[str]:
+def next_commands(
+    config: RunConfig, adapter: Path, found: Recommendation, caption: str, references: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Return the commands that come after a run, each with what it does in two words."""
+    folder, used, commands = adapter.parent, adapter, list[tuple[str, str]]()
+    if found.checkpoint is not None and step_of(found.checkpoint) != config.settings.steps:
+        used = found.checkpoint / "adapter"
+    rate, optimizer = config.composed["optimizer"].get("lr"), str(config.composed["optimizer"].get("_target_"))
+    estimates_rate = optimizer.endswith(".Prodigy")  # its lr stays at 1
+    if (
+        found.rate_factor != 1
+        and is_number(rate, 0)
+        and HydraConfig.initialized()
+        and not (is_sweep() or estimates_rate)
+    ):
+        words = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] != "optimizer.lr"]
+        words.append(f"optimizer.lr={rate * found.rate_factor:g}")
+        processes = config.accelerator.num_processes
+        commands.append(("again", run_report.launch_command(words, processes, ("output_dir", "resume"))))
+    if checkpoints(folder):
+        commands.append(("compare", shlex.join(["python", "train/evaluate.py", masked_text(f"run={folder}")])))
+    use = "try it" if found.checkpoint is None and (found.unfit or found.rate_factor != 1) else "use it"
+    commands.append((use, shlex.join(map(masked_text, words_to_generate(config, used, caption, references)))))
+    return commands
+
+
+def words_to_generate(config: RunConfig, adapter: Path, caption: str, references: Sequence[str] = ()) -> list[str]:
     """Return the command that generates an image with the adapter."""
     words = ["python", "-m", "flux2.generate", "--model", config.variant.name]
     for option in ("path", "autoencoder", "text_encoder"):
@@ -101,6 +133,7 @@ def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[st
     if config.adapter.is_frozen:
         words += ["--adapter", str(config.adapter.init)]
     words += ["--adapter", str(adapter), "--prompt", config.sample.prompts[0] if config.sample.prompts else caption]
-    for path in config.sample.edits[0] if config.sample.prompts else []:
-        words += ["--image", path]
+    edited = config.sample.edits[0] if config.sample.prompts else []
+    for path in edited or references:
+        words += ["--image", path or "image.png"]
     return words

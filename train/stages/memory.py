@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from flux2.memory.compile_blocks import compiler_error
 from flux2.memory.kernels import choose_kernels
+from flux2.models.variants import Variant
 from train.checkpoints.resume import RunLocation
 from train.config.memory import AUTO, choice_of
 from train.config.run_config import RunConfig
@@ -24,13 +26,29 @@ from train.planner.from_config import (
     still_fits,
 )
 from train.stages.data import TrainingData
-from train.utils.console import name_process_in_errors
+from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import OutOfMemory
 
 
 def load_config(config: DictConfig | dict[str, Any]) -> RunConfig:
     """Parse a configuration, choose its memory settings, and check all settings together (`RunConfig.dry_run`)."""
-    return choose_memory(RunConfig(config)).dry_run()
+    checked = choose_memory(RunConfig(config)).dry_run()
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if checked.accelerator.is_main_process and (note := unchosen_model(checked.variant, words)):
+        warn(note)
+    return checked
+
+
+def unchosen_model(variant: Variant, overrides: Sequence[str]) -> str:
+    """Return a warning if a dataset is given and the embedded model is trained on it because none was chosen."""
+    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    is_given = any(key == "dataset" or key.startswith("dataset.") for key in keys)
+    if variant.name != "tiny" or not is_given or keys & {"model", "model.name", "experiment"}:
+        return ""
+    return (
+        "NO MODEL WAS CHOSEN, so the embedded toy of 4 million parameters is used, which knows only the fourteen "
+        "subjects of its own drawings. Set model=dev, klein_base_9b or klein_base_4b, or model=tiny if it is wanted"
+    )
 
 
 def choose_memory(config: RunConfig) -> RunConfig:

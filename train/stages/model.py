@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from PIL import Image
 from torch import nn
 
 from data.cache.prepared import CachedDataset
@@ -31,6 +32,7 @@ from train.sweeps.reuse import SHARED, Base
 from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import explain_oom
 from train.utils.text import many
+from train.validation.sample_grid import side_by_side
 from train.validation.samples import Sampler
 from train.validation.twin import Twin
 
@@ -180,10 +182,11 @@ def load_sampler(config: RunConfig, cached: CachedDataset, peft_model: peft.Peft
     device = config.accelerator.device
     key = [config.source, str(device)]
     autoencoder = SHARED.take("autoencoder", key, lambda: load_autoencoder(config.source, device), config.say)
-    references, sizes = [], []
+    references, sizes, edited = [], [], list[Image.Image | None]()
     for paths in config.sample.edits:
         files, limit = config.sample_references(paths)
         images = [file.load() for file in files]
+        edited.append(side_by_side(images))
         pixels = [to_pixels([reference_image(image, limit)]) for image in images]
         with torch.no_grad():
             references.append([autoencoder.encode(one.to(device)) for one in pixels])
@@ -195,4 +198,5 @@ def load_sampler(config: RunConfig, cached: CachedDataset, peft_model: peft.Peft
         tensor_files(config.twin, "transformer")  # now, and not at the first grid
         precision = replace(config.precision, cache_transposed_weights=False)  # there is no backward
         twin, variant = Twin(config.twin, peft_model, device, precision, config.copies), config.twin.variant
-    return Sampler(config.sample, variant, autoencoder, text, empty, references, sizes, twin, config.processes.map)
+    share = config.processes.map
+    return Sampler(config.sample, variant, autoencoder, text, empty, references, sizes, edited, twin, share)

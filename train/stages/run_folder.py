@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -20,6 +21,7 @@ from train.checkpoints.resume import NewRun, RunLocation, find
 from train.config.run_config import RunConfig
 from train.reports import run_report
 from train.sweeps.job import folder_of_job, is_sweep
+from train.tracking.metrics import METRICS_FILE
 from train.utils.console import say
 from train.utils.files import make_new, make_writable, write_whole
 from train.utils.lock import InUse, Lock
@@ -48,13 +50,24 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
         if isinstance(shared[0], ValueError):
             raise shared[0]
         yield shared[0]
+    except KeyboardInterrupt:
+        if config.accelerator.is_main_process and isinstance(shared[0], RunLocation):
+            report_unfinished(shared[0].folder)
+        raise
     finally:
         if lock is not None:
             lock.release()
 
 
+def report_unfinished(folder: Path) -> None:
+    """Write the report of a run that was stopped, if it has trained."""
+    if (folder / METRICS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
+        run_report.write_or_warn(folder)
+
+
 def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
-    """Check that the adapter can be pushed, then choose the run folder, create it and lock it."""
+    """Check tracker and upload, then choose the run folder, create it and lock it."""
+    config.tracker.check()
     config.hub.check()
     output = str(folder_of_job()) if is_sweep() else config.settings.output_dir
     new = user_path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")

@@ -33,7 +33,7 @@ from train.checkpoints import resume
 from train.checkpoints.checkpoint import CONFIG_FILE, check, checkpoints, checksum, step_of
 from train.config.paths import CONFIG
 from train.encoding.prepare import prepare
-from train.stages.data import cache_request, paths
+from train.stages.data import cache_request, paths, sample_captions
 from train.stages.memory import load_config
 from train.stages.model import load_sampler, place_blocks, shared_base
 from train.utils.files import make_writable, read_image, read_yaml, write_whole
@@ -214,13 +214,12 @@ class SavedRun:
             if any(not user_path(place).is_absolute() for place in absent):
                 self.notes[-1] += f". The path is relative to {Path.cwd()}: start this where the run was started"
         if not config.sample.prompts:
-            captions = [sample.caption for sample in self.samples or [] if sample.caption]
-            captions = list(dict.fromkeys(captions))[:MOST_CAPTIONS]
-            if not captions:
+            config = sample_captions(config, self.samples or [], MOST_CAPTIONS)
+            if not config.sample.prompts:
                 why = self.notes[-1] if self.samples is None else "the training images have no captions"
                 raise ValueError(f"prompts=null: the run has no sample.prompts, and {why}. Set prompts=['a cup'].")
-            config = config.with_prompts(captions)
-            self.notes.append(f"the run has no sample.prompts: {len(captions)} training captions are the prompts")
+            count = len(config.sample.prompts)
+            self.notes.append(f"the run has no sample.prompts: {count} training captions are the prompts")
         self.config = config
 
     @property

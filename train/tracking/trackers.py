@@ -10,6 +10,7 @@ configuration.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import uuid
@@ -30,6 +31,9 @@ class NoTracker:
     """No tracker in addition to metrics.jsonl, and the base class of trackers."""
 
     run_id: str | None = None  # the tracker's id of this run after `start`, if it has one
+
+    def check(self) -> None:
+        """Raise ValueError, before anything is computed, if `start` is known to fail."""
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         """Start the run with its resolved configuration."""
@@ -68,6 +72,15 @@ class WandbTracker(NoTracker):
         for key, value in (("project", project), ("entity", entity)):
             check_no_secret(f"tracker.{key}", value)
         self.project, self.entity, self.mode = project, entity, mode
+
+    def check(self) -> None:
+        """Raise ValueError without a login; whether the server accepts it is known at the start."""
+        import wandb
+
+        has_switch = "prompt" in inspect.signature(wandb.login).parameters  # older versions may ask in the terminal
+        is_known = wandb.login(prompt=False, verify=False) if has_switch else wandb.api.api_key is not None
+        if self.mode == "online" and not is_known:
+            raise ValueError("tracker=wandb: there is no login. Run `wandb login`, or use tracker.mode=offline")
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         """Start the run. Raise ValueError if there is no login or the server rejects it."""
@@ -118,12 +131,18 @@ class WandbTracker(NoTracker):
 class TensorBoardTracker(NoTracker):
     """TensorBoard event files in `<run folder>/tensorboard`."""
 
-    def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        """Start the run. Raise ValueError if TensorBoard is not installed or its folder cannot be written."""
+    def check(self) -> None:
+        """Raise ValueError if TensorBoard is not installed."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         except ImportError as error:
             raise ValueError("tracker=tensorboard needs TensorBoard: pip install 'flux2-lora[tensorboard]'") from error
+
+    def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+        """Start the run. Raise ValueError if TensorBoard is not installed or its folder cannot be written."""
+        self.check()
+        from torch.utils.tensorboard import SummaryWriter
+
         events = folder / "tensorboard"
         try:
             self._writer = SummaryWriter(events)

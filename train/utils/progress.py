@@ -74,6 +74,11 @@ class Progress:
             elapsed = tqdm.format_interval(self.clock() - self._began)
             print(f"{self.done}/{self.total} [{elapsed}, {self.text()}]", file=self.stream, flush=True)
 
+    def show(self, text: str) -> None:
+        """Show what is done between two steps; in a log, nothing."""
+        if self.is_bar:
+            self._bar.set_postfix_str(text)
+
     def text(self) -> str:
         """Return speed, remaining time, and the values that were logged last."""
         parts = []
@@ -85,6 +90,8 @@ class Progress:
 
     def close(self) -> None:
         """End the bar and leave it on the terminal."""
+        if self.is_bar:
+            self._bar.set_postfix_str(self.text())
         self._bar.close()
 
 

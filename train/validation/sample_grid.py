@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from flux2.utils.json_files import parse_json
 
 LAYOUT = "flux2-lora-grid"  # keyword of the PNG text with the prompts and the positions of the images
+REFERENCES = "references"  # key of the layout: the position of what each prompt edits
 NAME = re.compile(r"step_(\d{1,12})\.png")
 
 
@@ -94,6 +96,26 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)
 
 
+def side_by_side(images: Sequence[Image.Image], height: int = 256) -> Image.Image | None:
+    """Return images in one row, scaled to `height` pixels; None without any."""
+    if not images:
+        return None
+    scaled = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
+    row = Image.new("RGB", (sum(image.width for image in scaled), height))
+    for i, image in enumerate(scaled):
+        row.paste(image, (sum(other.width for other in scaled[:i]), 0))
+    return row
+
+
+def cut(grid: Image.Image, boxes: Sequence[Any]) -> list[Image.Image]:
+    """Return the parts of a grid at `boxes`. Raise ValueError if these are outside of it or larger than it."""
+    found = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in boxes]
+    inside = all(0 <= x0 < x1 <= grid.width and 0 <= y0 < y1 <= grid.height for x0, y0, x1, y1 in found)
+    if not inside or sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in found) > grid.width * grid.height:
+        raise ValueError("the boxes are not those of a grid")
+    return [grid.crop(box) for box in found]
+
+
 def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
     """Return the prompts and images of a sample grid; an empty list if the file has no layout, or not that of a grid.
 
@@ -101,10 +123,17 @@ def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
     """
     try:
         layout = parse_json(grid.info[LAYOUT])
-        boxes = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in layout["boxes"]]
-        inside = all(0 <= x0 < x1 <= grid.width and 0 <= y0 < y1 <= grid.height for x0, y0, x1, y1 in boxes)
-        if not inside or sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) > grid.width * grid.height:
-            return []
-        return [(str(prompt), grid.crop(box)) for prompt, box in zip(layout["prompts"], boxes, strict=True)]
+        images = cut(grid, layout["boxes"])
+        return [(str(prompt), image) for prompt, image in zip(layout["prompts"], images, strict=True)]
     except (KeyError, TypeError, ValueError, OverflowError):
+        return []
+
+
+def split_references(grid: Image.Image) -> list[Image.Image | None]:
+    """Return what each prompt of a sample grid edits; an empty list if no prompt edits anything, as in `split_grid`."""
+    try:
+        boxes = parse_json(grid.info[LAYOUT]).get(REFERENCES, [])
+        images = iter(cut(grid, [box for box in boxes if box is not None]))
+        return [None if box is None else next(images) for box in boxes]
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return []

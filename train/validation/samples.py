@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -26,10 +26,11 @@ from train.distributed.processes import ProcessesDiverged, Share, map_serially
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.console import warn_unsaved
 from train.utils.redact import masked
-from train.validation.sample_grid import LAYOUT, sample_grid
+from train.validation.sample_grid import LAYOUT, REFERENCES, sample_grid
 from train.validation.twin import Twin
 
 SCALES = (-10.0, 10.0)
+MAX_CAPTIONS = 64  # of the dataset in a sample grid
 WIDEST = 8192  # maximum width and height of an image in a sample grid
 
 
@@ -45,6 +46,7 @@ class SampleSettings:
     prompts: Sequence[str] = field(default_factory=list)  # with one image each
     # files that the prompts edit: a list for all prompts, or one list for each prompt
     references: Sequence[str] | Sequence[Sequence[str]] = field(default_factory=list)
+    captions: int = 1  # of the dataset, drawn if there are no prompts
     seed: int = 0  # of the first prompt, incremented for each further one
     width: int | None = None  # pixels; None: the bucket of the first reference, or the training resolution
     height: int | None = None
@@ -73,6 +75,12 @@ class SampleSettings:
                     f"sample.references={self.references!r} has {len(self.references)} lists for "
                     f"{len(self.prompts)} sample.prompts. Give a list, which may be empty, for each prompt"
                 )
+        if self.references and not self.prompts:
+            raise ValueError(
+                f"sample.references={self.references!r} has no effect without sample.prompts, which edit these images. "
+                "Give both"
+            )
+        check_count("sample.captions", self.captions, 0, MAX_CAPTIONS)
         check_seed("sample.seed", self.seed)
         for key in ("width", "height"):
             value = getattr(self, key)
@@ -94,6 +102,11 @@ class SampleSettings:
             )
 
     @property
+    def count(self) -> int:
+        """The number of images of each scale, at most."""
+        return len(self.prompts) or self.captions
+
+    @property
     def edits(self) -> list[list[str]]:
         """The reference files of each prompt."""
         lists = [self.references] * len(self.prompts) if is_string_list(self.references) else self.references
@@ -101,7 +114,7 @@ class SampleSettings:
 
     @property
     def files(self) -> list[str]:
-        """All distinct reference files, even if there are no prompts yet."""
+        """All distinct reference files."""
         lists = [self.references] if is_string_list(self.references) else self.references
         return list(dict.fromkeys(chain(*lists)))
 
@@ -117,6 +130,7 @@ class Sampler:
     empty: Tensor  # (1, T, text_width) embedding of the empty prompt
     references: Sequence[Sequence[Tensor]]  # latents (1, 128, h, w) of the references of each prompt
     sizes: Sequence[tuple[int, int]]  # (width, height) in pixels of each prompt's image
+    edited: Sequence[Image.Image | None] = ()  # what each prompt edits, as the grid shows it
     twin: Twin | None = None  # the model that draws, of `variant`
     share: Share = map_serially  # distributes the images over the processes, all of which must call `write_grid`
 
@@ -163,17 +177,29 @@ class Sampler:
         names = [", ".join([*model, *([f"scale {scale:g}"] if list(scales) != [1] else [])]) for scale in scales]
         return names if any(names) else []
 
+    def page(self, rows: Sequence[Sequence[Image.Image]]) -> tuple[Image.Image, dict[str, Any]]:
+        """Return the images with their prompts, below what these edit, and where each lies, for the report."""
+        prompts, names = masked(list(self.settings.prompts)), self.row_names
+        blank, edited = Image.new("RGB", (1, 1), "white"), list[Image.Image]()
+        if any(image is not None for image in self.edited):
+            edited = [blank if image is None else image for image in self.edited]
+            rows, names = [edited, *rows], ["reference", *(names or ["image"])]
+        page = sample_grid(rows, columns=prompts, names=names)
+        boxes, scales = page.info["boxes"], self.settings.scales
+        marks = [f" (scale {scale:g})" if scale != 1 else "" for scale in scales]
+        layout = {"prompts": [prompt + mark for mark in marks for prompt in prompts], "boxes": boxes[len(edited) :]}
+        if edited:
+            layout[REFERENCES] = [None if image is None else boxes[i] for i, image in enumerate(self.edited)]
+        return page, layout
+
     def write_grid(self, model: Transformer, file: Path, *, write: bool = True) -> None:
         """Draw the images and write them with their prompts to `file`, in one of several processes."""
         rows = self.rows(model)
         if write:
             file.parent.mkdir(parents=True, exist_ok=True)
-            prompts = masked(list(self.settings.prompts))
-            page = sample_grid(rows, columns=prompts, names=self.row_names)
+            page, layout = self.page(rows)
             info = PngInfo()  # for the report, which shows the images one by one
-            scales = [f" (scale {scale:g})" if scale != 1 else "" for scale in self.settings.scales]
-            each = [prompt + scale for scale in scales for prompt in prompts]
-            info.add_itxt(LAYOUT, json.dumps({"prompts": each, "boxes": page.info["boxes"]}))
+            info.add_itxt(LAYOUT, json.dumps(layout))
             with name_write_errors(file):
                 page.save(file, pnginfo=info)
 

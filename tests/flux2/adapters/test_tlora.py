@@ -94,9 +94,9 @@ def test_a_new_one_changes_nothing_and_a_product_with_a_mask_has_the_gradients_o
         for s in ((2, 3, 6), (4, 6), (5, 4))
     )
     mask = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *given: LoraProduct.apply(linear, *given, 0.5, mask), (x, a, b))
+    assert torch.autograd.gradcheck(lambda *given: LoraProduct.apply(linear, *given, 0.5, mask, ()), (x, a, b))
     expected = linear(x) + 0.5 * ((x @ a.T) * mask[:, None]) @ b.T
-    torch.testing.assert_close(LoraProduct.apply(linear, x, a, b, 0.5, mask), expected)
+    torch.testing.assert_close(LoraProduct.apply(linear, x, a, b, 0.5, mask, ()), expected)
 
 
 def test_it_is_saved_with_its_schedule_and_loads_with_it(tmp_path):

@@ -183,6 +183,7 @@ def test_its_gradient_is_that_on_a_base_with_the_frozen_one_merged_and_the_layer
         model(**transformer_inputs(model.config)).square().mean().backward()
     for one, expected in zip(adapter_parameters(new), adapter_parameters(other), strict=True):
         torch.testing.assert_close(one.grad, expected.grad, rtol=1e-4, atol=1e-7)
+        assert one.grad.untyped_storage().nbytes() == one.nbytes  # no view of the gradients of both
     frozen = adapter_tensors(new.get_base_model(), "_frozen")
     assert len(frozen) == 2 * len(start.adapter.layers)
     assert all(not tensor.requires_grad and tensor.grad is None for tensor in frozen.values())

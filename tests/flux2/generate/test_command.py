@@ -128,6 +128,21 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
     assert split_adapter("C:/adapters=1") == ("C:/adapters=1", 1.0, "")
     assert split_adapter("run:2:0.5,single=0,time.0.5-1=2") == ("run:2", 0.5, "single=0,time.0.5-1=2")
     assert split_adapter("C:/a:double.0-3=0.5,single=0") == ("C:/a", 1.0, "double.0-3=0.5,single=0")
+    assert split_adapter("a/b:-100") == ("a/b", -100.0, "")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("a/b:1e9", "--adapter a/b:1e9: the scale 1e9 must be a number from -100 to 100"),
+        ("a/b:nan", "--adapter a/b:nan: the scale nan must be a number"),
+        ("a/b:-101,single=0", "the scale -101 must be a number"),
+        ("a/b:,double=0.5", "there is no scale before the comma. Write a/b:double=0.5"),
+    ],
+)
+def test_a_scale_that_is_too_large_or_left_out_is_named(option: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        split_adapter(option)
 
 
 def test_a_clear_reference_is_the_white_that_training_saw(

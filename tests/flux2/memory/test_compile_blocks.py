@@ -10,6 +10,7 @@ from compiler_helpers import Graphs, blocks_of
 from helpers import relative_error, transformer_inputs, transformer_of
 
 from flux2 import adapters
+from flux2.adapters.loading import scaled
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.compile_blocks import check_compiles, compiler_error
 from flux2.models.transformer import Transformer
@@ -47,6 +48,33 @@ def test_each_type_is_compiled_whole_and_gives_the_same(kind: str, doubles: int)
     # a block is one graph
     assert (len(graphs.forward), len(graphs.backward)) == (doubles + 1, doubles + 1)
     assert min(graph["aten.mm.default"] + graph["aten.bmm.default"] for graph in graphs.forward) >= 2
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "selective"])
+def test_a_compiled_block_sees_the_scale_of_the_adapter_with_a_graph_for_each(policy: str) -> None:
+    """As target=slider changes it: the sign at every step, with the base's prediction, which has no scale, before."""
+    model = transformer_of(1, 2)
+    stirred(attached("lora", model, targets=blocks_of(1)))
+
+    def steps() -> list[list[torch.Tensor]]:
+        found = []
+        for scale in (1.0, -1.0, 1.0, -1.0, 1.0):
+            with adapters.adapters_disabled(model), torch.no_grad():
+                base = model(**transformer_inputs(model.config))
+            with scaled(model, scale):
+                found.append([base, *step(model)[1]])
+        return found
+
+    set_policy(model, policy)
+    expected = steps()
+    graphs = Graphs()
+    set_policy(model, policy, compile=True, compiler=graphs.backend)
+    for number, (ours, theirs) in enumerate(zip(steps(), expected, strict=True)):
+        assert max(map(relative_error, ours, theirs)) < 1e-5, number
+    assert max(map(relative_error, expected[0], expected[1])) > 0.1  # a stale scale would be seen
+    # with gradients a graph of each kind of block, and of one whose input has none, for each sign
+    assert len(graphs.backward) == 2 * 2
+    assert len(graphs.forward) == len(graphs.backward) + 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8", "nf4"])

@@ -175,6 +175,10 @@ def test_folders_of_other_things_are_refused(llava, model_folders, tmp_path) -> 
     (processor / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "own.Processor"}}))
     wordless = changed("wordless")
     (wordless / "chat_template.jinja").unlink()
+    sightless = changed("sightless")
+    (sightless / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['content'][-1]['text'] }}{% endfor %}"
+    )
     for folder, said in (
         (tmp_path / "nowhere", "nowhere.*not a folder"),
         (tmp_path, "neither.*config.json"),
@@ -185,7 +189,8 @@ def test_folders_of_other_things_are_refused(llava, model_folders, tmp_path) -> 
         (processor, r"processor_config\.json.*code of its own"),
         (changed("typeless", model_type="mistral"), "cannot be loaded"),
         (lacking, r"lack.*vision"),
-        (wordless, "chat template"),
+        (wordless, "no chat template"),
+        (sightless, r"does not see images.*chat template has no place.*Give dev"),
     ):
         with pytest.raises(WeightsError, match=said):
             load(folder)

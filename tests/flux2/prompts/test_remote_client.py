@@ -107,6 +107,25 @@ def test_after_the_last_attempt_the_error_says_what_the_server_said(status: int,
     assert server.asked == ["a cup"] * 3
 
 
+def test_several_requests_that_wait_for_one_server_warn_once_for_each_attempt(
+    fake_server: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (503, {}, b"busy"))
+    asking = client(server, attempts=4)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(asking.encode, [f"prompt {i}"]) for i in range(4)]
+    assert all(isinstance(each.exception(), RemoteError) for each in found)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert [text.rpartition("; ")[2][:14] for text in warnings] == [f"attempt {i} of 4" for i in (2, 3, 4)]
+    assert len(server.asked) == 16
+    server.answer = lambda *_: None
+    asking.encode(["a cup"])
+    server.answer = lambda *_: (503, {}, b"busy again")
+    with pytest.raises(RemoteError):
+        asking.encode(["another cup"])
+    assert caplog.text.count("busy again") == 3
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_a_request_that_is_wrong_is_not_sent_again(status: int, fake_server: Fake) -> None:
     server = fake_server(VARIANT, answer=lambda *_: (status, {}, b'{"error": "a prompt has 9 characters"}'))

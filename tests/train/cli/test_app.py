@@ -9,6 +9,9 @@ import torch
 from message_helpers import holds
 from train_helpers import execute, one_message, refusal
 
+from flux2.models.variants import VARIANTS
+from train import cache, caption, evaluate, plan
+from train.stages.memory import unchosen_model
 from train.utils.console import name_process_in_errors
 from train.utils.signals import SIGNALS, Interrupted
 
@@ -175,10 +178,52 @@ def test_an_unknown_choice_is_named_with_the_known_ones(mistake, said):
 
 @pytest.mark.parametrize(
     ("missing", "said"),
-    [("dataset=folder", "add dataset.path="), ("preservation=base", "add preservation.prompts=")],
+    [
+        (["dataset=folder"], "dataset.path is missing: add dataset.path=..."),
+        (["preservation=base"], "add preservation.prompts="),
+        (
+            ["dataset=folder", "preservation=base"],
+            "dataset.path, preservation.prompts are missing: add dataset.path=... preservation.prompts=...",
+        ),
+    ],
 )
-def test_a_setting_without_a_default_is_asked_for(missing, said):
-    assert holds(refusal(missing), said)
+def test_settings_without_a_default_are_asked_for_all_at_once(missing, said):
+    assert holds(refusal(*missing), said)
+
+
+@pytest.mark.parametrize(
+    ("name", "main", "said"),
+    [
+        ("train", cache.main, "dataset.path is missing"),
+        ("evaluate", evaluate.main, "run is missing: add run=..."),
+        ("caption", caption.main, "dataset.path is missing: add dataset.path=..."),
+        ("train", plan.main, "dataset.path is missing"),
+    ],
+)
+def test_every_command_asks_for_what_is_missing(run_command, name, main, said):
+    assert holds(run_command.refused(*["dataset=folder"] * (name == "train"), task=main, name=name), said)
+
+
+@pytest.mark.parametrize(
+    ("words", "warns"),
+    [
+        (["dataset=folder", "dataset.path=cats"], True),
+        (["dataset.path=cats"], True),
+        (["dataset=folder", "dataset.path=cats", "model=tiny"], False),
+        (["+experiment=demo", "dataset.path=cats"], False),
+        (["steps=3"], False),
+    ],
+)
+def test_a_dataset_without_a_model_is_a_warning_that_a_toy_is_trained(words, warns):
+    assert ("NO MODEL WAS CHOSEN" in unchosen_model(VARIANTS["tiny"], words)) == warns
+    assert not unchosen_model(VARIANTS["dev"], words)
+
+
+def test_the_warning_is_shown_before_anything_is_computed(run_command, pictures, tmp_path):
+    stops = [f"cache_dir={pictures / '0.png'}", f"output_dir={tmp_path / 'run'}"]
+    code, _, err = run_command("dataset=folder", f"dataset.path={pictures}", "device=cpu", *stops)
+    assert code == 2
+    assert holds(err, "warning: NO MODEL WAS CHOSEN ... model=dev")
 
 
 @pytest.mark.parametrize(

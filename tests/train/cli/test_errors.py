@@ -12,7 +12,7 @@ from message_helpers import holds
 from train_helpers import ROOT, refusal
 
 from data.files import atomic_write
-from train.cli.errors import format_error, quoted_override
+from train.cli.errors import check_no_switches, format_error, quoted_override
 
 pytest_plugins = ("train_helpers",)
 
@@ -79,6 +79,28 @@ def test_a_text_with_a_comma_is_not_silently_a_sweep(run_command):
     assert holds(message, "dataset.prompt=a cat, sitting ... -m")
     assert pasted(message).value() == "a cat, sitting"
     assert holds(run_command.refused("dataset=folder", "dataset.prompt=choice(a)"), "dataset.prompt=choice(a) ... -m")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "100"], "--steps: settings are written without dashes, as key=value. Write steps=100"),
+        (["model=tiny", "--batch-size=4"], "--batch-size: ... Write batch_size=4"),
+        (["-seed", "3", "model=tiny"], "-seed: ... Write seed=3"),
+        (["--allow-changed-data", "steps=1"], "Write allow_changed_data=true"),
+        (["--adapter.rank", "4"], "Write adapter.rank=4"),
+        (["--optimizer.lrr", "1e-4"], "optimizer.lrr=1e-4 is not a setting; did you mean optimizer.lr?"),
+        (["--hub.token", "abc"], "hub.token=*** is not a setting"),
+    ],
+)
+def test_a_setting_with_dashes_is_answered_with_the_form_that_is_read(run_command, words, said):
+    message = run_command.refused(*words)
+    assert holds(message, said), message
+    assert "abc" not in message
+
+
+def test_the_switches_of_hydra_are_left_to_hydra():
+    check_no_switches(["--cfg", "job", "-m", "steps=1,2", "--config-dir", ".", "--resolve", "--package=model"])
 
 
 def test_configurations_of_the_launcher_are_no_setting():

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import helpers
+import hydra
 import pytest
 import torch
 from message_helpers import holds
@@ -283,8 +284,18 @@ def test_prompts_that_the_server_cut_are_told(fake_server, small, tmp_path, run_
 
 
 def test_the_published_endpoint_is_the_default():
-    encoder = load_config(compose("text_encoder=remote")).text_encoder
+    encoder = hydra.utils.instantiate(compose("text_encoder=remote").text_encoder)
     assert (encoder.url, encoder.protocol) == (PUBLISHED, None)
+    encoder.check(VARIANTS["dev"])
+
+
+@pytest.mark.parametrize("url", [PUBLISHED, f"{PUBLISHED}/"])
+def test_the_endpoint_of_dev_is_not_asked_for_another_model(run_command, tmp_path, url):
+    settings = ["model=tiny", "text_encoder=remote", f"text_encoder.url={url}", f"output_dir={tmp_path / 'run'}"]
+    message = run_command.refused(*settings)
+    assert holds(message, "text_encoder.url= ... model=dev, not of model=tiny ... text_encoder=local ... flux2.serve")
+    assert not (tmp_path / "run").exists()
+    load_config(compose(*settings[:2], "text_encoder.url=http://127.0.0.1:1"))  # a server of one's own may have it
 
 
 @pytest.mark.parametrize(

@@ -90,22 +90,55 @@ def test_how_little_a_recommendation_rests_on_is_said_with_it(run, losses, said)
 
 @pytest.mark.parametrize("saved", [[200, 400], []])
 @pytest.mark.parametrize(
-    ("base", "first", "said"),
+    ("base", "first", "last", "said", "verdict", "factor"),
     [
-        (1.0, 1.2, "is 0.8 after step 200, and the base's is 0.6667 (+20.0 %)"),
-        (1.0, 1.0, "is 0.6667 after step 200, and the base's is 0.6667 (+0.0 %)"),
-        (0.0, 1.2, "is 0.8 after step 200, and the base's is 0 (from 0)"),
-        (0.0, 0.0, "is 0 after step 200, and the base's is 0 (from 0)"),
-        (1e-315, 1.2, "(from 0)"),
+        (
+            1.0,
+            1.05,
+            1.1,
+            "none predicts better; is 0.7 after step 200, ; base's is 0.6667 (+5.0 %)",
+            "none predicts",
+            1,
+        ),
+        (1.0, 1.2, 1.637, "the run diverged; is 1.091 after step 400, ; (+63.7 %)", "the run diverged, +63.7 %", 0.1),
+        (1.0, 1.0, 1.4, "the run diverged; is 0.9333 after step 400", "the run diverged, +40.0 %", 0.1),
+        (0.0, 1.2, 1.4, "the run diverged; and the base's is 0 (from 0)", "the run diverged, from 0", 0.1),
+        (0.0, 0.0, 0.0, "nothing was learned; is 0 after step 200, and the base's is 0", "nothing was learned", 10),
+        (1e-315, 1.2, 1.4, "the run diverged; (from 0)", "the run diverged", 0.1),
+        (1.0, 0.9996, 0.9995, "nothing was learned; Train for more steps", "nothing was learned, -0.0 %", 10),
+        (1.0, 1.0004, 0.9999, "nothing was learned; raise optimizer.lr", "nothing was learned, -0.0 %", 10),
     ],
 )
-def test_of_a_run_that_is_nowhere_better_than_the_base_nothing_is_recommended(run, base, first, said, saved):
-    name, text = recommended(run({0: base, 200: first, 400: 1.4}, saved))
+def test_of_a_run_that_is_nowhere_better_than_the_base_nothing_is_recommended(
+    run, base, first, last, said, verdict, factor, saved
+):
+    """A change of all samples alike is beyond what their choice explains, however small it is."""
+    folder = run({0: base, 200: first, 400: last}, saved)
+    name, text = recommended(folder)
     assert name is None
     reason = text.splitlines()[-1]
-    assert reason.startswith("no checkpoint is recommended: none predicts better than the base. The lowest validation ")
-    assert said in reason
+    assert reason.startswith("no checkpoint is recommended: ")
+    assert all(part in reason for part in said.split("; ")), reason
     assert "optimizer.lr" in reason
+    found = recommend(folder)
+    assert found.verdict.startswith(f"none ({verdict}")
+    assert found.rate_factor == factor
+    assert (found.unfit == "") == (factor == 10)
+
+
+@pytest.mark.parametrize(
+    ("losses", "saved", "verdict"),
+    [
+        ({0: 1.0, 20: 0.931}, [20], "step 20 (-6.9 %, the only one measured)"),
+        ({20: 0.931}, [20], "step 20 (the only one measured)"),
+        ({0: 1.0, 100: 0.9, 200: 0.8, 300: 0.7}, [100, 200, 300], "step 300 (-30.0 %)"),
+        ({0: 1.0, 200: 0.9, 400: 0.8}, [200, 400], "step 400 (-20.0 %, on 2 validations alone)"),
+        ({}, [20], "none (nothing was validated)"),
+        ({0: 1.0, 20: 0.9}, [], "none (none was saved but the last step)"),
+    ],
+)
+def test_the_outcome_fits_in_one_line(run, losses, saved, verdict):
+    assert recommend(run(losses, saved)).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -137,7 +170,7 @@ def test_without_a_loss_of_the_base_the_training_loss_tells_that_a_run_diverged(
     write_training(folder, 1.0, 1.3)
     name, text = recommended(folder)
     assert name is None
-    assert "no checkpoint is recommended: the training loss rose: from 1 to 1.3" in text
+    assert "no checkpoint is recommended: the run diverged: the training loss rose: from 1 to 1.3" in text
     assert "optimizer.lr" in text
     write_training(folder, 1.0, 1.3, count=9)  # too few to tell
     assert recommend(folder).unfit == ""
@@ -146,6 +179,49 @@ def test_without_a_loss_of_the_base_the_training_loss_tells_that_a_run_diverged(
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert recommend(folder).unfit.startswith(unfit)
         assert bool(recommend(folder).unfit) == bool(unfit)
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (
+            [1.5, 1.8, 1.6, 80.0, 91.0, 85.0],
+            "the run diverged: the training loss rose: from 1.8 to 85.33 within 6 logged",
+        ),
+        (
+            [41.0, 47.0, 44.0],
+            "nothing was validated. Its training loss went from 41 to 44 in 3 logged steps. 44 is far above 2",
+        ),
+        (
+            [12.5, 8.3, 2.7, 2.6],
+            "from 10.4 to 2.65 in 4 logged steps. 10.4 is far above 2, that of a prediction of zero",
+        ),
+        ([1.8, 1.7, 1.6], "nothing was validated. Its training loss went from 1.8 to 1.6 in 3 logged steps. Set"),
+        (
+            [0.08, 0.1, 0.2, 1.7],
+            "nothing was validated. Its training loss went from 0.09 to 0.95 in 4 logged steps. Set",
+        ),
+        ([], "nothing was validated. Set"),
+    ],
+)
+def test_of_a_short_run_without_validation_what_its_losses_tell_is_said(run, training, said):
+    kinds = {"target": "Flow", "loss": "MSE", "weighting": "Unweighted"}
+    folder = run({}, [20], **{group: {"_target_": f"train.objective.{kind}"} for group, kind in kinds.items()})
+    lines = [{"step": step + 1, "loss": loss} for step, loss in enumerate(training)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = recommend(folder)
+    assert found.checkpoint is None
+    assert said in found.reasons[0]
+    assert bool(found.unfit) == ("the run diverged" in said)
+    diverged = "diverged" in said or "far above" in said
+    assert found.rate_factor == (0.1 if diverged else 1)
+    assert ("diverged" in found.verdict) == diverged
+
+
+def test_a_loss_in_another_unit_is_not_compared_with_that_of_a_prediction_of_zero(run):
+    folder = run({}, [20], target={"_target_": "train.objective.Contrastive"})
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 41.0}\n')
+    assert "from 41 to 41 in 1 logged step. Set" in recommend(folder).reasons[0]
 
 
 def test_single_low_losses_at_the_start_are_no_divergence(run):
@@ -170,6 +246,7 @@ def test_a_run_that_diverges_ends_without_a_recommendation_in_lines_report_and_c
     code, out, err = run_command(*settings, "validation.held_out=2", "max_grad_norm=1e9")
     assert code == 0, err
     assert "no checkpoint is recommended: none predicts better than the base" in out
+    assert "\nbest checkpoint: none (none predicts better than the base, +" in out
     assert "\nrecommended" not in out
     assert "careful   the adapter of the last step is not recommended: its validation loss is" in out
     assert "try it    python -m flux2.generate" in out
@@ -221,6 +298,11 @@ def test_training_samples_say_little(run):
         ({0: 1.0, 100: 0.5, 300: 0.8}, [50, 150], "checkpoint_every to a multiple of validate_every"),
         ({0: [1.0, NAN, 0.5], 400: [0.9, NAN, 0.4]}, [400], "no validation loss is finite; for b: delete the cache"),
         ({0: NAN, 400: NAN}, [400], "no validation loss is finite; before training: the base may be damaged"),
+        (
+            {0: 1.0, 200: NAN, 400: NAN},
+            [400],
+            "diverged: no validation loss of a trained adapter is finite; by step 200",
+        ),
         ({200: NAN, 400: NAN}, [400], "no validation loss is finite; by step 200: a lower optimizer.lr"),
     ],
 )

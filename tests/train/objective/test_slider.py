@@ -1,6 +1,7 @@
 """Sliders: the targets of their formula at both scales, on gradients too, and what moves on the embedded model."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
@@ -17,7 +18,7 @@ from flux2 import adapters
 from flux2.adapters import AdapterError
 from flux2.adapters.loading import scaled
 from flux2.memory.activation_checkpointing import set_policy
-from train.config.memory import choice_of
+from train.config.memory import Choice, choice_of
 from train.config.run_config import RunConfig
 from train.objective import Flow, Slider
 from train.objective.objective import Inputs, training_loss
@@ -103,6 +104,14 @@ def test_its_predictions_are_counted(small):
     plain, slider = (RunConfig(compose(*small(*settings))) for settings in ([], ["target=slider", *ENDS]))
     jobs = [workload_of(run, on_gpu=False) for run in (plain, slider)]
     assert (jobs[0].frozen_rows, jobs[1].frozen_rows) == ([], [6])
+    embedding = 2 * 3 * jobs[0].embedding_bytes
+    assert jobs[1].input_bytes - jobs[0].input_bytes == embedding
+    planners = [Planner(job) for job in jobs]
+    assert "targets" not in planners[0].predict(Choice()).phases
+    phases = planners[1].predict(Choice()).phases
+    forward = planners[1].inference(replace(jobs[1].shape, rows=6), autocast=jobs[1].autocast)[0]
+    assert phases["targets"]["working set"] == forward + embedding
+    assert phases["targets"]["micro-batch"] == phases["step"]["micro-batch"]
     work = [sum(Planner(job).predict(choice_of(plain.composed["memory"])).work.flops.values()) for job in jobs]
     assert 1.7 < work[1] / work[0] < 2.2  # three predictions next to a forward and a backward with recomputation
 

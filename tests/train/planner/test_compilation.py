@@ -40,6 +40,14 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not(decided):
     assert not decided("precision=fp8", "steps=20")[0]
 
 
+def test_the_graphs_of_both_scales_of_a_slider_and_of_the_bases_predictions_are_counted(decided):
+    """3 graphs of a shape, for which 15 s each are assumed, and half of that without gradients."""
+    quiet = ["precision=fp8", "steps=2000", "validate_every=0", "sample_every=0"]
+    slider = ["target=slider", "target.positive=old", "target.negative=young"]
+    for given, scales in (([], 1.0), (slider, 2.5), (["loss=dpo"], 1.5)):
+        assert f"for 2 shapes to take {scales * 15 * 3 * 2:.0f} s" in decided(*quiet, *given)[1]
+
+
 def test_what_cannot_be_compiled_is_not(decided, monkeypatch):
     assert decided("adapter=dora", "steps=2000") == (False, "the layers of this adapter cannot be compiled")
     monkeypatch.setattr(compilation, "missing_tools", lambda: "Triton")

@@ -8,13 +8,17 @@ from message_helpers import holds
 from omegaconf import OmegaConf
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from train_helpers import ask_to_stop
 
+from train.evaluate import write_grid
 from train.evaluation.distances import Nearest
 from train.evaluation.findings import find_problems
 from train.evaluation.recommend import recommend
 from train.evaluation.results import Evaluation, Row
 from train.reports import plots, run_report
+from train.reports import run_pictures as pictures
 from train.reports.plots import Curve
+from train.utils.signals import Interrupted
 from train.validation.sample_grid import LAYOUT, sample_grid, split_grid
 
 pytest_plugins = ("train_helpers",)
@@ -218,6 +222,66 @@ def test_training_writes_a_report_and_its_failure_is_a_warning(train, monkeypatc
     monkeypatch.setattr(run_report, "render", lambda *arguments: 1 / 0)
     assert run_report.write_or_warn(folder) is None
     assert "report.html could not be written (ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_report_is_rewritten_at_validations_and_when_the_run_is_stopped(train, at_step, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_report, "LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(run_report, "LIVE_SHARE", 1e9)
+    page, seen = tmp_path / "run" / "report.html", []
+    settings = ["steps=4", "validate_every=2", "checkpoint_every=0", "validation.held_out=2"]
+
+    def stop():
+        seen.append(texts(page.read_text()))
+        ask_to_stop()()
+
+    at_step(2, stop)
+    with pytest.raises(Interrupted):
+        train("run", *settings)
+    during, stopped = seen[0], texts(page.read_text())
+    assert "after step 2 of 4" in during
+    assert "after step 3 of 4" in stopped
+    assert "o checkpoint is recommended" not in during  # it is too early
+    train("run", *settings, "resume=auto")
+    finished = texts(page.read_text())
+    assert "Written at the end of training" in finished
+    assert "No checkpoint is recommended" in finished
+
+
+def test_a_report_during_training_takes_a_small_share_of_the_time(run, monkeypatch):
+    now, written = [100.0], []
+
+    def write(folder):
+        written.append(now[0])
+        now[0] += 3.0  # seconds that it takes
+        return folder
+
+    monkeypatch.setattr(run_report, "write_or_warn", write)
+    live = run_report.LiveReport(run, clock=lambda: now[0])
+    while now[0] < 300:
+        live.update()
+        now[0] += 1.0
+    assert written == [110.0, 173.0, 236.0, 299.0]  # 3 of 63 seconds
+    monkeypatch.setattr(run_report, "write_or_warn", lambda folder: written.append("failed"))
+    now[0] += 1000
+    live.update()
+    now[0] += 1000
+    live.update()
+    assert written[4:] == ["failed"]
+
+
+def test_an_evaluation_of_edits_shows_what_is_edited(run, made):
+    made.edited = [*images("yellow"), None]
+    first, second = pictures.evaluation_cells([made], ["run"])
+    assert [shot.name for shot in first.shots] == ["base", "step 20", "step 40", "reference"]
+    assert first.shots[-1].image.getpixel((0, 0)) == (255, 255, 0)
+    assert [shot.name for shot in second.shots] == ["base", "step 20", "step 40"]
+    write_grid(made, run / "grid.png")
+    with_reference = Image.open(run / "grid.png")
+    colors = {color for _, color in with_reference.getcolors(1 << 20)}
+    assert (255, 255, 0) in colors
+    made.edited = []
+    write_grid(made, run / "grid.png")
+    assert Image.open(run / "grid.png").height < with_reference.height
 
 
 def test_runs_are_shown_with_the_settings_in_which_they_differ(run, made, tmp_path_factory):

@@ -5,14 +5,18 @@ import re
 import shutil
 import signal
 import uuid
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
 from message_helpers import holds
 from train_helpers import adapter, compose, lines, same_tensors, slow_but
 
 from flux2.adapters.files import UNFINISHED_FILE
 from flux2.utils.files import temporary_path
 from train.checkpoints.checkpoint import checkpoints
+from train.config.run_config import RunConfig
 from train.evaluation.recommend import Recommendation
 from train.objective.objective import Objective
 from train.publishing import model_card
@@ -132,20 +136,62 @@ def test_the_next_start_removes_what_a_kill_left_and_nothing_else(train, monkeyp
         (None, "", "use it    .* --adapter {}/adapter "),
         (None, "it rose", "try it    .* --adapter {}/adapter "),
         ("checkpoints/step_000002", "it rose", "use it    .* --adapter {}/checkpoints/step_000002/adapter "),
-        ("checkpoints/step_000002", "", "use it    .* --adapter {}/adapter "),
+        ("checkpoints/step_000002", "", "use it    .* --adapter {}/checkpoints/step_000002/adapter "),
+        ("checkpoints/step_000300", "", "use it    .* --adapter {}/adapter "),  # that of the last step
     ],
 )
 def test_the_last_line_never_recommends_an_adapter_that_is_worse_than_the_base(
     monkeypatch, tmp_path, checkpoint, unfit, command
 ):
     config, said = load_config(compose("model=tiny", "device=cpu")), []
-    found = Recommendation(checkpoint and tmp_path / checkpoint, [], [], unfit)
+    found = Recommendation(checkpoint and tmp_path / checkpoint, [], [], unfit, "step 2 (-6.9 %)")
     monkeypatch.setattr(config, "say", said.append)
     monkeypatch.setattr(finish, "recommend_or_warn", lambda _: found)
     monkeypatch.setattr(finish, "format_notes", lambda _: "")
     finish.announce(config, tmp_path / "adapter", "a caption")
+    assert said[-2] == "best checkpoint: step 2 (-6.9 %)"
     assert re.match(command.format(re.escape(str(tmp_path))), said[-1])
     assert sum(text.startswith("careful") and unfit in text for text in said) == bool(unfit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "references", "images"),
+    [
+        ([], [], []),
+        ([], ["a.png", "b.png"], ["a.png", "b.png"]),
+        ([], [""], ["image.png"]),  # in a table
+        (["sample.prompts=[dark]"], ["a.png"], ["a.png"]),
+        (["sample.prompts=[dark]", "sample.references=[c.png]"], ["a.png"], ["c.png"]),
+    ],
+)
+def test_the_command_that_uses_an_edit_has_an_image(tmp_path, settings, references, images):
+    config = RunConfig(compose("model=tiny", "device=cpu", *settings))
+    words = finish.words_to_generate(config, tmp_path / "adapter", "a caption", references)
+    assert [after for word, after in pairwise(words) if word == "--image"] == images
+
+
+@pytest.mark.parametrize(
+    ("factor", "optimizer", "again"),
+    [
+        (0.1, [], "python train/run.py model=tiny steps=9 optimizer.lr=1e-05"),
+        (10, ["optimizer.lr=0.002"], "python train/run.py model=tiny steps=9 optimizer.lr=0.02"),
+        (1, [], None),
+        (0.1, ["optimizer=prodigy"], None),
+    ],
+)
+def test_after_a_run_that_learned_nothing_or_diverged_the_next_command_has_another_rate(
+    monkeypatch, tmp_path, factor, optimizer, again
+):
+    config = load_config(compose("model=tiny", "device=cpu", *optimizer))
+    words = ["model=tiny", *optimizer, "output_dir=here", "steps=9", "resume=auto"]
+    hydra = SimpleNamespace(mode=RunMode.RUN, overrides=SimpleNamespace(task=words))
+    for module in ("train.stages.finish", "train.sweeps.job"):
+        fake = SimpleNamespace(initialized=lambda: True, get=lambda: hydra)
+        monkeypatch.setattr(f"{module}.HydraConfig", fake)
+    found = Recommendation(None, [], [], "it rose" if factor < 1 else "", "none (why)", factor)
+    commands = dict(finish.next_commands(config, tmp_path / "adapter", found, "a caption"))
+    assert commands.pop("again", None) == again
+    assert list(commands) == ["use it" if factor == 1 else "try it"]
 
 
 # ------------------------------------------------------------------ what is not saved

@@ -322,6 +322,14 @@ def test_wandb_without_a_login_is_one_error_with_a_remedy(tmp_path, monkeypatch)
         WandbTracker().start(tmp_path, "run", {})
 
 
+def test_a_missing_login_is_an_error_before_anything_is_computed(run_command, small, monkeypatch, tmp_path):
+    monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: prompt or verify)  # as without one
+    monkeypatch.setattr("train.run.prepare_data", lambda config: pytest.fail("the cache was filled"))
+    message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}", "tracker=wandb"))
+    assert holds(message, "tracker=wandb: ... no login ... `wandb login` ... tracker.mode=offline")
+    assert not (tmp_path / "run").exists()
+
+
 def test_wandb_that_cannot_be_reached_goes_on_offline_with_a_warning(train, monkeypatch, capfd):
     wandb.teardown()  # or an earlier run's settings hold
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -69,6 +69,21 @@ def test_on_a_terminal_it_is_one_bar(clock):
     assert re.search(r"1\.00 s/step, 00:00 left, loss 0\.5000, 3\.0 GB\]", last)
 
 
+def test_a_bar_says_what_is_done_between_steps_and_a_log_does_not(clock):
+    terminal, log = Terminal(), io.StringIO()
+    for stream in (terminal, log):
+        progress = Progress(10, stream=stream, clock=clock)
+        steps(progress, clock, 3, 1.0)
+        progress.log({"loss": 0.5})
+        before = stream.getvalue()
+        progress.show("drawing a sample grid")
+        shown = stream.getvalue()[len(before) :]
+        assert ("drawing a sample grid]" in shown) == (stream is terminal)
+        progress.close()
+    assert "loss 0.5000]" in terminal.getvalue().rstrip("\n").split("\r")[-1]
+    assert "drawing" not in log.getvalue()
+
+
 def test_what_is_paused_for_counts_neither_for_the_speed_nor_for_what_is_left(clock):
     progress = Progress(10, shown=False, clock=clock)
     with progress.paused():

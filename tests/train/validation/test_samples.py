@@ -1,15 +1,30 @@
 """train.validation.samples and sample_grid: settings of the grids, their images, and the page they are on."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from train_helpers import compose, draw_picture, pixels
 
+from data.sources import Sample
+from data.sources.images import FileOpener, Picture
+from flux2.models.variants import VARIANTS
 from flux2.weights.loading import load_transformer
-from train.stages.data import prepare_samples
+from train.reports.run_pictures import training_cells
+from train.stages.data import announce_samples, first_captions, prepare_samples
 from train.stages.memory import load_config
 from train.stages.model import load_sampler
-from train.validation.sample_grid import sample_grid, wrap
+from train.validation.sample_grid import (
+    LAYOUT,
+    sample_grid,
+    side_by_side,
+    split_grid,
+    split_references,
+    wrap,
+)
 from train.validation.samples import Sampler, SampleSettings
 
 pytest_plugins = ("train_helpers",)
@@ -28,6 +43,8 @@ pytest_plugins = ("train_helpers",)
         ),
         ({"references": [[1]], "prompts": ["a cup"]}, r"sample\.references=\[\[1\]\]"),
         ({"references": [["x.png"]]}, r"sample\.references=.* 1 .* 0 sample\.prompts"),
+        ({"references": ["x.png"]}, r"sample\.references=\['x\.png'\] has no effect without sample\.prompts"),
+        ({"captions": -1}, r"sample\.captions=-1 must be an integer from 0 to 64"),
         ({"references": [[], []], "prompts": ["a cup"]}, r"sample\.references=.* 2 .* 1 sample\.prompts"),
         ({"seed": -1}, r"sample\.seed=-1"),
         ({"seed": 2**64}, r"sample\.seed=18446744073709551616"),
@@ -70,7 +87,6 @@ def test_prompts_edit_the_same_files_or_each_its_own():
     own = SampleSettings(prompts, [["x.png", "y.png"], []])
     assert own.edits == [["x.png", "y.png"], []]
     assert own.files == ["x.png", "y.png"]
-    assert SampleSettings([], ["x.png"]).files == ["x.png"]
 
 
 def test_each_prompt_is_shown_as_the_edit_of_its_own_files_in_the_shape_of_the_first(small, tmp_path):
@@ -105,6 +121,70 @@ def test_a_run_without_prompts_or_grids_has_no_sampler(small):
     for settings in ([], ["sample.prompts=[a fox]"]):
         run = load_config(compose(*small(*settings)))
         assert load_sampler(run, prepare_samples(run).cached) is None
+
+
+def test_without_prompts_the_first_captions_are_drawn_and_it_is_said(small, capsys):
+    run = load_config(compose(*small("sample.captions=2", "sample.steps=1", "sample_every=3")))
+    data = prepare_samples(run)
+    chosen = announce_samples(run, data.samples)
+    first = [sample.caption for sample in data.samples][:2]
+    assert chosen.sample.prompts == first
+    assert chosen.sample.edits == [[], []]
+    said = "sample grids: 2 images of the first 2 captions before training, every 3 steps and at the end. Set sample."
+    assert said in capsys.readouterr().out
+    sampler, model = load_sampler(chosen, data.cached), load_transformer(run.source)
+    asked = load_config(compose(*small(f"sample.prompts=[{','.join(first)}]", "sample.steps=1", "sample_every=3")))
+    pictures = load_sampler(asked, prepare_samples(asked).cached).pictures(model)
+    assert all((pixels(a) == pixels(b)).all() for a, b in zip(sampler.pictures(model), pictures, strict=True))
+    for off in ("sample.captions=0", "sample_every=0"):
+        run = load_config(compose(*small("sample_every=3", off)))
+        assert announce_samples(run, data.samples) is run
+        assert load_sampler(run, data.cached) is None
+    assert "sample grids" not in capsys.readouterr().out
+
+
+def test_the_first_captions_edit_the_references_of_their_samples():
+    def sample(caption, *references):
+        opened = [Picture(name, FileOpener(name) if name.endswith("png") else lambda: None) for name in references]
+        return Sample(Picture("x.png", FileOpener("x.png")), (caption,), tuple(opened))
+
+    samples = [sample(""), sample("a", "1.png", "2.png"), sample("a", "3.png"), sample("b", "row 5"), sample("c")]
+    assert first_captions(samples, 9) == [("a", ["1.png", "2.png"]), ("b", [""]), ("c", [])]
+    assert first_captions(samples, 1) == [("a", ["1.png", "2.png"])]
+    config = load_config(compose("model=tiny", "device=cpu", "sample.captions=9"))
+    chosen = announce_samples(config, samples)  # a reference in a table has no file to read it from
+    assert (chosen.sample.prompts, chosen.sample.edits) == (["a", "c"], [["1.png", "2.png"], []])
+
+
+def test_a_grid_of_edits_shows_what_is_edited_and_the_report_too(tmp_path):
+    settings = SampleSettings(prompts=["a cup", "a fox"], references=[["x.png", "y.png"], []], scales=[0.0, 1.0])
+    edited = [side_by_side([plain("red", (40, 40)), plain("blue", (20, 40))]), None]
+    sampler = Sampler(settings, VARIANTS["tiny"], None, None, None, [[], []], [(64, 48)] * 2, edited)
+    page, layout = sampler.page([[plain("green")] * 2, [plain("yellow")] * 2])
+    (tmp_path / "samples").mkdir()
+    info = PngInfo()
+    info.add_itxt(LAYOUT, json.dumps(layout))
+    page.save(tmp_path / "samples" / "step_000000.png", pnginfo=info)
+    grid = Image.open(tmp_path / "samples" / "step_000000.png")
+    assert [prompt for prompt, _ in split_grid(grid)] == ["a cup (scale 0)", "a fox (scale 0)", "a cup", "a fox"]
+    assert [image.getpixel((9, 9)) for _, image in split_grid(grid)] == 2 * [(0, 128, 0)] + 2 * [(255, 255, 0)]
+    shown, nothing = split_references(grid)
+    assert nothing is None
+    assert [shown.getpixel((round(at * shown.width), 9)) for at in (0.3, 0.9)] == [(255, 0, 0), (0, 0, 255)]
+    cells = training_cells(tmp_path)
+    assert [[shot.name for shot in cell.shots] for cell in cells] == 2 * [["base", "reference"], ["base"]]
+    assert (pixels(cells[0].shots[1].image) == pixels(shown)).all()
+    without = Sampler(replace(settings, references=[]), VARIANTS["tiny"], None, None, None, [[], []], [(64, 48)] * 2)
+    page, layout = without.page([[plain("green")] * 2, [plain("yellow")] * 2])
+    page.info[LAYOUT] = json.dumps(layout)
+    assert split_references(page) == []
+
+
+@pytest.mark.parametrize("boxes", [[[0, 0, 999, 9]], [[0, 0, 9, 9]] * 99, [["x"]], 3, {"a": 1}])
+def test_positions_of_references_from_someone_else_lie_in_the_grid(boxes):
+    grid = plain("red")
+    grid.info[LAYOUT] = json.dumps({"prompts": [], "boxes": [], "references": boxes})
+    assert split_references(grid) == []
 
 
 def plain(color, size=(64, 48)):

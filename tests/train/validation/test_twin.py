@@ -19,6 +19,7 @@ from flux2.adapters.loading import scaled
 from flux2.models.variants import VARIANTS
 from train.config.memory import Choice
 from train.config.run_config import RunConfig
+from train.optim.stochastic_rounding import to_bfloat16
 from train.planner.from_config import workload_of
 from train.planner.predictor import Planner
 from train.validation.sample_grid import split_grid
@@ -172,7 +173,17 @@ def test_its_memory_is_planned_its_blocks_stream_to_a_gpu():
     assert hosts[True, False] == hosts[False, False]
 
 
+def test_the_adapter_that_it_gets_is_planned_in_float32():
+    planned = job("klein_base_4b", sample_pixels=(512, 512), twin=True)
+    before = Planner(planned).predict(Choice("full")).phases["samples"]
+    to_bfloat16(planned.model)
+    after = Planner(planned).predict(Choice("full")).phases["samples"]
+    assert after["adapter"] == before["adapter"] / 2
+    assert after["sampling model"] == before["sampling model"]
+
+
 def test_a_plan_counts_it_only_for_runs_with_grids(small, fast):
-    for settings, counted in ((SAMPLES, True), (SAMPLES[:1], False), (SAMPLES[1:], False)):
+    without = [[*rest, "sample.captions=0"] for rest in (SAMPLES[:1], SAMPLES[1:])]
+    for settings, counted in ((SAMPLES, True), *((rest, False) for rest in without)):
         run = RunConfig(compose(*small(*settings, *fast, kind="klein")))
         assert workload_of(run, on_gpu=True).twin == counted
