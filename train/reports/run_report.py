@@ -24,7 +24,7 @@ from train.checkpoints.checkpoint import checkpoints, step_of
 from train.evaluation import distances
 from train.evaluation.findings import caution, find_problems
 from train.evaluation.recommend import percent, recommend
-from train.evaluation.results import BASE, Evaluation
+from train.evaluation.results import Evaluation, row_name
 from train.reports import html as page
 from train.reports import plots
 from train.reports import run_pictures as pictures
@@ -133,7 +133,7 @@ def loss_table(run: RunSummary) -> Table:
     for step in shown:
         gain = percent(losses[step], losses[0]) if step and 0 in losses else ""
         by_time = [number(each.get(step), ".4f") for each in times.values()]
-        rows.append([f"step {step}" if step else BASE, f"{losses[step]:.4f}", gain, *by_time])
+        rows.append([row_name(step), f"{losses[step]:.4f}", gain, *by_time])
     best = [step == run.recommended for step in shown]
     return Table(
         ["checkpoint"], ["mean", "vs. base", *times], rows, best, f"Validation loss by checkpoint and time: {run.label}"

@@ -94,10 +94,11 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)
 
 
-def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
-    """Return the prompts and images of a sample grid; an empty list if the file has no layout, or not that of a grid.
+def grid_boxes(grid: Image.Image) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """Return the prompts of a sample grid and (left, top, right, bottom) of their images, from the file's header alone.
 
-    The file may come from someone else: the images lie in the grid and are together no larger than it.
+    An empty list if the file has no layout, or not that of a grid. It may come from someone else: the images lie in the
+    grid and are together no larger than it.
     """
     try:
         layout = parse_json(grid.info[LAYOUT])
@@ -105,6 +106,11 @@ def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
         inside = all(0 <= x0 < x1 <= grid.width and 0 <= y0 < y1 <= grid.height for x0, y0, x1, y1 in boxes)
         if not inside or sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) > grid.width * grid.height:
             return []
-        return [(str(prompt), grid.crop(box)) for prompt, box in zip(layout["prompts"], boxes, strict=True)]
+        return [(str(prompt), box) for prompt, box in zip(layout["prompts"], boxes, strict=True)]
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
+
+
+def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
+    """Return the prompts and images of a sample grid, as `grid_boxes` finds them."""
+    return [(prompt, grid.crop(box)) for prompt, box in grid_boxes(grid)]
