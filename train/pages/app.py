@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from flux2.utils.images import open_image
-from train.pages import export, jobs, pictures, start, trying
+from train.pages import compare, export, jobs, pictures, runs, start, trying
 from train.pages.base import Form, Studio, error_response, page
 from train.pages.workspace import Refused
 from train.reports import html
@@ -133,6 +133,6 @@ def application(known: Studio) -> FastAPI:
             raise ValueError(f"{path} is no image that a browser shows")
         return FileResponse(file, media_type=f"image/{kind}")
 
-    for module in (jobs, pictures, start, trying, export):
+    for module in (jobs, pictures, start, runs, compare, trying, export):
         app.include_router(module.router)
     return app

@@ -37,6 +37,7 @@ STATES = (WAITING, RUNNING, DONE, FAILED, STOPPED, LOST)
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {ROOT / "train" / f"{name}.py" for name in ("run", "cache", "caption", "evaluate")}
 MODULES = ("flux2.generate", "flux2.export", "train.hub", "train.pages.near_duplicates")
+LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes")  # and their number
 MOST_BYTES = 1 << 20  # of a job's file
 TAIL = 20_000  # bytes of a log that are shown
 POLL_SECONDS = 1.0
@@ -113,10 +114,13 @@ def is_known(command: Sequence[str]) -> bool:
     """Return whether the studio starts this command: one of this project's, whose settings name no code to call."""
     if command[0] != sys.executable or len(command) < 3:
         return False
-    if command[1] == "-m":
-        return command[2] in MODULES
-    is_ours = Path(command[1]).resolve() in SCRIPTS
-    return is_ours and not any(re.search(r"_target_|^[+~]*hydra|^-|\$\{", word) for word in command[2:])
+    words = list(command[1:])
+    if tuple(words[:3]) == LAUNCHER and len(words) > 4 and re.fullmatch(r"[1-9]\d{0,3}", words[3]):
+        words = words[4:]
+    elif words[0] == "-m":
+        return words[1] in MODULES
+    is_ours = Path(words[0]).resolve() in SCRIPTS
+    return is_ours and not any(re.search(r"_target_|^[+~]*hydra|^-|\$\{", word) for word in words[1:])
 
 
 class Queue:

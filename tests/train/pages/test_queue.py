@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from studio_helpers import PYTHON
+from studio_helpers import PYTHON, wait_for_job
 
 from train.pages import queue as queues
 from train.pages.queue import Queue, read_job, write_job
@@ -19,23 +19,14 @@ def queue(tmp_path):
     return Queue(tmp_path / "queue", known=lambda command: True)
 
 
-def wait(queue: Queue, number: int, *states: str, seconds: float = 30) -> queues.QueuedJob:
-    until = time.monotonic() + seconds
-    while (job := queue.job(number)).state not in states:
-        assert time.monotonic() < until, (job, queue.tail(number))
-        time.sleep(0.05)
-        queue.start_next()
-    return job
-
-
 def test_jobs_of_a_device_run_one_after_the_other_and_others_beside_them(queue, tmp_path):
     slow = [PYTHON, "-c", "import time; time.sleep(1.5); print('first', time.time())"]
     first = queue.add("first", slow, device="cuda:0")
     second = queue.add("second", [PYTHON, "-c", "print('second')"], device="cuda:0")
     other = queue.add("other", [PYTHON, "-c", "import sys; sys.exit(3)"], device="cpu")
     assert [queue.job(job.number).state for job in (first, second)] == ["running", "waiting"]
-    assert wait(queue, other.number, "failed").code == 3
-    assert wait(queue, second.number, "done").started >= wait(queue, first.number, "done").ended
+    assert wait_for_job(queue, other.number, "failed").code == 3
+    assert wait_for_job(queue, second.number, "done").started >= wait_for_job(queue, first.number, "done").ended
     assert queue.tail(first.number).startswith("first")
     assert queue.tail(second.number) == "second"
 
@@ -44,7 +35,7 @@ def test_a_job_outlives_the_studio_and_another_one_sees_its_end(queue, tmp_path)
     job = queue.add("job", [PYTHON, "-c", "import time; time.sleep(1); print('end')"])
     again = Queue(queue.folder, queue.known)  # nothing of the first is used below
     assert again.job(job.number).state == "running"
-    assert wait(again, job.number, "done").code == 0
+    assert wait_for_job(again, job.number, "done").code == 0
     assert again.tail(job.number) == "end"
 
 
@@ -56,7 +47,7 @@ def test_a_stop_reaches_the_command_as_a_ctrl_c_and_a_waiting_one_is_taken_out(q
         time.sleep(0.05)
     queue.stop(waiting.number)
     queue.stop(job.number)
-    wait(queue, job.number, "done", "stopped")
+    wait_for_job(queue, job.number, "done", "stopped")
     assert queue.tail(job.number) == "ready\nsaved"
     assert queue.job(waiting.number).state == "stopped"
 
@@ -65,17 +56,17 @@ def test_a_killed_runner_is_lost_and_the_next_job_starts(queue):
     job = queue.add("job", [PYTHON, "-c", "import time; time.sleep(3)"])
     runner = psutil.Process(queue.job(job.number).pid)
     os.kill(runner.pid, signal.SIGKILL)
-    assert wait(queue, job.number, "lost").state == "lost"
+    assert wait_for_job(queue, job.number, "lost").state == "lost"
     other = replace(queue.job(job.number), state="running", born=1.0, pid=os.getpid())  # its pid is now another's
     write_job(queue.file(job.number), other)
     assert queue.job(job.number).state == "lost"
     after = queue.add("after", [PYTHON, "-c", "print(1)"])
-    wait(queue, after.number, "done")
+    wait_for_job(queue, after.number, "done")
 
 
 def test_a_command_that_does_not_exist_is_one_message(queue):
     job = queue.add("job", ["/no/such/program"])
-    assert wait(queue, job.number, "failed").code == 127
+    assert wait_for_job(queue, job.number, "failed").code == 127
     assert queue.tail(job.number) == "error: /no/such/program cannot be started (No such file or directory)"
 
 
@@ -85,8 +76,8 @@ def test_two_studios_start_a_job_once(queue, tmp_path):
     others = [Queue(queue.folder, queue.known) for _ in range(3)]
     for one in others:
         one.run()
-    wait(queue, blocker.number, "done")
-    wait(queue, job.number, "done")
+    wait_for_job(queue, blocker.number, "done")
+    wait_for_job(queue, job.number, "done")
     for one in others:
         one.close()
     assert (tmp_path / "ran").read_text() == "x"
@@ -123,6 +114,10 @@ def run(*words: str) -> list[str]:
     [
         (run("model=tiny"), True),
         ([PYTHON, "-m", "flux2.generate", "--prompt", "x"], True),
+        ([PYTHON, *queues.LAUNCHER, "2", *run("model=tiny")[1:]], True),
+        ([PYTHON, *queues.LAUNCHER, "2", "/tmp/train/run.py", "x"], False),
+        ([PYTHON, *queues.LAUNCHER, "--config_file", *run("model=tiny")[1:]], False),
+        ([PYTHON, *queues.LAUNCHER, "2"], False),
         (run("optimizer._target_=os.system"), False),
         (run("+hydra.searchpath=[/tmp]"), False),
         (run("--config-dir=/tmp"), False),

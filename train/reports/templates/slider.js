@@ -1,7 +1,7 @@
 // Put a slider over the base's image and a second one into each comparison; the thumbnails below choose the second.
 const makeComparisons = root => { for (const cell of root.querySelectorAll('.cell')) {
   const buttons = [...cell.querySelectorAll('.strip button')];
-  if (buttons.length < 2) continue;
+  if (buttons.length < 2 || cell.querySelector('.compare')) continue;
   const make = (tag, className, parent) => {
     const element = document.createElement(tag);
     element.className = className;
