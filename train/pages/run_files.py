@@ -300,7 +300,8 @@ def runs_elsewhere(folder: Path, state: str) -> bool:
 def can_sample(config: dict[str, Any]) -> bool:
     """Return whether a run draws sample grids, so that it draws one that is asked for."""
     sample = config.get("sample")
-    return bool(isinstance(sample, dict) and sample.get("prompts") and config.get("sample_every"))
+    draws = isinstance(sample, dict) and (sample.get("prompts") or sample.get("captions"))
+    return bool(draws and config.get("sample_every"))
 
 
 def quoted(text: str) -> str:

@@ -204,7 +204,9 @@ def sample(request: Request, chosen: RunForm) -> dict[str, str]:
     if state != RUNNING and not run_files.runs_elsewhere(run, state):
         raise ValueError(f"{run} does not run: nothing draws a sample grid there")
     if not run_files.can_sample(run_files.configuration(run)):
-        raise ValueError(f"{run} draws no sample grids: it has no sample.prompts, or sample_every=0")
+        raise ValueError(
+            f"{run} draws no sample grids: it has neither sample.prompts nor sample.captions, or sample_every=0"
+        )
     run_files.write_empty(run / SAMPLE_FILE)
     return {"message": "asked for a sample grid: it is drawn after the next step"}
 

@@ -30,7 +30,7 @@ FIRST = (  # what is asked first; everything else is in the list of all settings
 WORD = re.compile(r"[a-z]\w*")
 
 
-class Chosen(Form):
+class StartForm(Form):
     """Choices of groups by group, and values of settings by name, as typed; those of the choices are left out."""
 
     groups: dict[str, str] = Field(default_factory=dict, max_length=64)
@@ -38,7 +38,7 @@ class Chosen(Form):
     card: float | None = Field(default=None, ge=1, le=10_000)
 
 
-def group_overrides(chosen: Chosen) -> list[str]:
+def group_overrides(chosen: StartForm) -> list[str]:
     """Return the overrides of the chosen groups. Raises SettingError for a group or a choice that conf/ has not."""
     found = []
     for group, choice in chosen.groups.items():
@@ -51,7 +51,7 @@ def group_overrides(chosen: Chosen) -> list[str]:
     return found
 
 
-def overrides_of(known: Studio, chosen: Chosen) -> list[str]:
+def overrides_of(known: Studio, chosen: StartForm) -> list[str]:
     """Return the overrides of a form: groups, then the values that differ from what they compose.
 
     Raises SettingError for what is no setting, and Refused for a path outside of the opened folders.
@@ -96,7 +96,7 @@ def chosen_groups(choices: list[str]) -> dict[str, str]:
 
 
 @router.post("/start/settings")
-def list_settings(request: Request, chosen: Chosen) -> dict[str, str]:
+def list_settings(request: Request, chosen: StartForm) -> dict[str, str]:
     """The list of all settings that the chosen groups have."""
     choices = group_overrides(chosen)
     found = page(request, "start_settings.html", settings=forms.settings(choices), given=chosen.values, first=FIRST)
@@ -104,7 +104,7 @@ def list_settings(request: Request, chosen: Chosen) -> dict[str, str]:
 
 
 @router.post("/start/plan")
-def plan(request: Request, chosen: Chosen) -> dict[str, str]:
+def plan(request: Request, chosen: StartForm) -> dict[str, str]:
     """What is predicted for the form."""
     overrides = overrides_of(studio(request), chosen)
     card = [] if chosen.card is None else [f"+card={chosen.card:g}"]
@@ -137,7 +137,7 @@ def plan(request: Request, chosen: Chosen) -> dict[str, str]:
 
 
 @router.post("/start/run")
-def run(request: Request, chosen: Chosen) -> dict[str, str]:
+def run(request: Request, chosen: StartForm) -> dict[str, str]:
     """Put the run into the queue, after the checks that it makes before it computes anything."""
     known = studio(request)
     overrides = overrides_of(known, chosen)
