@@ -6,12 +6,13 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 # Bytecode is kept also where the environment says not to: without it every test process compiles the tests again.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
-.PHONY: setup demo demo-edit test test-slow test-simulated-gpu check bench docs tiny clean
+.PHONY: setup demo demo-edit studio test test-slow test-simulated-gpu check bench docs tiny clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a LoRA on 24 tarot cards, on any machine; ends with pictures and numbers"
 	@echo "make demo-edit  train a LoRA on 40 pairs of pictures, an edit; likewise"
+	@echo "make studio     a page in the browser: pictures and captions, training, runs, adapters"
 	@echo "make test       the CPU test suite"
 	@echo "make check      lint, format, types and make test"
 	@echo "make test-slow  the tests that take minutes"
@@ -35,6 +36,9 @@ demo: setup
 
 demo-edit: setup
 	$(BIN)/python train/demo_edit.py
+
+studio: setup
+	$(BIN)/python train/studio.py
 
 test: setup
 	$(PYTEST) -m 'not slow'

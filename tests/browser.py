@@ -18,7 +18,11 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 NONE = "no Chromium is installed here (Debian: apt-get install chromium; .ci/run does so where it may)"
-NO_NETWORK = ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking", "--no-first-run"]
+NO_NETWORK = [
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    "--disable-background-networking",
+    "--no-first-run",
+]
 
 
 class Browser:
@@ -83,9 +87,10 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone, maxTouchPoints=1)
 
-    def open(self, file: Path) -> None:
+    def open(self, page: Path | str) -> None:
+        """Open a file, or an address of this machine."""
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self.wait("Page.loadEventFired")
 
     def js(self, expression: str) -> Any:

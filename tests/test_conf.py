@@ -303,4 +303,4 @@ def test_the_demo_preserves_plain_prompts_that_it_does_not_show():
 def test_the_configuration_is_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert compose("steps=7").steps == 7
-    assert Path(compose().dataset.path) == Path("data/demo")
+    assert Path(compose().dataset.path) == CONF.parent / "data" / "demo"

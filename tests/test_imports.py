@@ -62,6 +62,8 @@ ORDER = {
         loop
         run
         cache plan caption evaluate sweep hub tiny_model
+        pages
+        studio
         demo
         demo_edit
     """,

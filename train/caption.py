@@ -14,7 +14,6 @@ if __name__ == "__main__":  # train/ comes first in sys.path and would hide libr
 
     start_command("caption")  # before the imports below: they take seconds, and --help needs none of them
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -24,8 +23,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from data.sources.base import UNCAPTIONED, Source, Uncaptioned
-from data.sources.listing import parse_json, read_text
+from data.sources.base import CAPTION_PLACES, CaptionPlace, Source
 from flux2.models.text_encoder import check_storage
 from flux2.prompts.captioning import (
     MOST_TOKENS,
@@ -40,10 +38,10 @@ from flux2.prompts.remote_protocol import RemoteError
 from flux2.quantization.precision import DTYPES, pick_dtype
 from flux2.utils.choices import TextStorage
 from flux2.utils.device import pick_device
-from flux2.utils.files import atomic_write
 from flux2.weights.sources import ModelSource, WeightsError
 from train.cli.app import command
 from train.config.instantiate import check_keys, instantiate, parse_settings, to_plain
+from train.utils.caption_files import Change, change_captions
 from train.utils.checks import check_count, check_seed
 from train.utils.console import say, warn
 from train.utils.files import make_writable
@@ -86,7 +84,7 @@ class CaptionSettings:
         return system if self.instructions is None else f"{system}\n{self.instructions.strip()}"
 
 
-def find_uncaptioned(dataset: Mapping[str, Any], template: str) -> tuple[Source, list[Uncaptioned]]:
+def find_uncaptioned(dataset: Mapping[str, Any], template: str) -> tuple[Source, list[CaptionPlace]]:
     """Return the source of the group `dataset`, and the samples that it cannot use for want of a caption.
 
     Raises ValueError for a source that captions cannot be written to, and BadData for other problems of its samples.
@@ -97,13 +95,15 @@ def find_uncaptioned(dataset: Mapping[str, Any], template: str) -> tuple[Source,
         )
     if dataset.get("prompt") is not None:
         raise ValueError(f"dataset.prompt={dataset['prompt']!r} is used instead of all captions. Omit it")
-    found: list[Uncaptioned] = []
-    token = UNCAPTIONED.set(found)
+    places: list[CaptionPlace] = []
+    token = CAPTION_PLACES.set(places)
     try:
         source: Source = instantiate("dataset", dataset)
     finally:
-        UNCAPTIONED.reset(token)
+        CAPTION_PLACES.reset(token)
+    found = [place for place in places if not place.written and not place.reason]
     for one in found:
+        assert one.file is not None
         if one.file.suffix == ".csv":
             raise ValueError(f"{one.file}: captions are written to metadata.jsonl alone. Convert it to that format")
         if template == "edit" and not one.sample.references:
@@ -114,28 +114,8 @@ def find_uncaptioned(dataset: Mapping[str, Any], template: str) -> tuple[Source,
     return source, found
 
 
-def write_caption(place: Uncaptioned, caption: str) -> None:
-    """Write a caption atomically where it belongs.
-
-    Raises ValueError if there is one meanwhile, OSError if the file cannot be written.
-    """
-    if place.line is None:
-        try:
-            with atomic_write(place.file, replace=False) as unfinished:
-                unfinished.write_text(f"{caption}\n", encoding="utf-8")
-        except FileExistsError as error:
-            raise ValueError(f"{place.file} was written meanwhile, and is kept") from error
-        return
-    lines = read_text(place.file).split("\n")  # again each time: it may be edited while captions are written
-    if place.line > len(lines) or parse_json(lines[place.line - 1]) != place.row:
-        raise ValueError(f"{place.file} line {place.line} was changed meanwhile, and is kept")
-    lines[place.line - 1] = json.dumps({**place.row, place.column: caption}, ensure_ascii=False)
-    with atomic_write(place.file) as unfinished:
-        unfinished.write_text("\n".join(lines), encoding="utf-8")
-
-
 def write_captions(
-    model: CaptionModel, settings: CaptionSettings, places: Sequence[Uncaptioned], seed: int
+    model: CaptionModel, settings: CaptionSettings, places: Sequence[CaptionPlace], seed: int
 ) -> list[str]:
     """Write a caption for each of `places`, and return what failed, one message for each."""
     failed = []
@@ -148,7 +128,7 @@ def write_captions(
             try:
                 pictures = [image.load() for image in images]
                 answer = model.describe(pictures, settings.system, TEMPLATES[settings.template].request, **asked)
-                write_caption(place, " ".join(answer.split()))  # one line, as captions are
+                change_captions([Change(place, (" ".join(answer.split()),))])  # one line, as captions are
             except ValueError as error:
                 if isinstance(error, RemoteError | WeightsError):  # the others would fail likewise
                     raise
@@ -190,7 +170,7 @@ def main(config: DictConfig) -> None:
     if not places:
         say(f"nothing to do: all images of {source.where} have captions ({len(source):,})")
         return
-    for folder in dict.fromkeys(place.file.parent for place in places):
+    for folder in dict.fromkeys(place.file.parent for place in places if place.file is not None):
         make_writable(folder, "dataset.path")
     say(f"writing {many(len(places), 'caption')} with {settings.model}; images with one: {len(source):,}")
     try:

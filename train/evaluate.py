@@ -36,7 +36,7 @@ from train.evaluation import distances
 from train.evaluation.features import Clip, Features
 from train.evaluation.findings import find_problems
 from train.evaluation.recommend import recommend, recommend_or_warn
-from train.evaluation.results import BASE, Evaluation, Row
+from train.evaluation.results import BASE, FOLDER, NUMBERS, Evaluation, Row
 from train.reports import run_report
 from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder, encoder_address
 from train.utils.checks import check_count, is_number
@@ -49,7 +49,7 @@ from train.utils.text import many
 from train.validation.sample_grid import sample_grid
 from train.validation.samples import is_string_list
 
-NUMBERS, GRID = "evaluation.json", "grid.png"  # in the folder of an evaluation
+GRID = "grid.png"  # in the folder of an evaluation
 DRAWING_KEYS = ("steps", "guidance", "width", "height")
 
 
@@ -282,7 +282,7 @@ def main(config: DictConfig) -> None:
         for note in one.notes:
             warn(note)
     say(*recommend_or_warn(found[0].folder).lines, *find_problems(found[0].folder, found[0]))
-    say(f"images    {found[0].folder / 'evaluation'}", f"report    {page}")
+    say(f"images    {found[0].folder / FOLDER}", f"report    {page}")
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ class Trainer:
             if written and self.is_main:
                 self.metrics.picture(steps_done, file)
         elif sample_now and self.is_main:
-            warn("a sample grid was asked for, but this run has none: set sample.prompts, and sample_every above 0")
+            warn("a sample grid was asked for, but this run has none: set sample.prompts or captions, and sample_every")
         if "validation_loss" in values and self.is_main and 0 < steps_done < self.settings.steps:
             self.report.update()
 

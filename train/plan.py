@@ -26,6 +26,7 @@ if __name__ == "__main__":  # sys.path begins with the script's folder, whose mo
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -88,24 +89,34 @@ def phase_tables(prediction: Prediction, on_gpu: bool) -> Iterator[Table]:
         yield table
 
 
-def gpu_table(planners: Callable[[Gpu], Planner], settings: Prediction, memory: Mapping[str, Any]) -> Table:
-    """Return the table of GPU sizes: whether the run fits as set, and what memory=auto would choose."""
-    fixed = fixed_keys(memory) if memory.get("gpu_memory_gb") is not None else {}
-    which = f"Which GPUs it fits, {len(settings.split)} of a size" if settings.split else "Which GPU it fits"
-    table = Table(title=f"{which}, as predicted", box=SIMPLE, title_justify="left")
-    for name in ("GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"):
-        table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
+GPU_COLUMNS = (
+    "GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"
+)  # fmt: skip
+
+
+def gpu_rows(plan: Plan) -> Iterator[list[str]]:
+    """Yield for each size of GPU whether the run fits as set, and what memory=auto would choose (`GPU_COLUMNS`)."""
     for gpu_memory_gb in SIZES:
-        limit, on = limit_of(memory, gpu_memory_gb), gpu(None, gpu_memory_gb)
-        planner = planners(on)
-        now, best = planner.predict(settings.choice), choose(planner, fixed, limit, on)
+        limit, on = limit_of(plan.memory, gpu_memory_gb), gpu(None, gpu_memory_gb)
+        planner = plan.planners(on)
+        now, best = planner.predict(plan.now.choice), choose(planner, plan.fixed, limit, on)
         totals = [now.total(phase) if phase in now.phases else None for phase in ("prompts", "images")]
-        table.add_row(
+        yield [
             f"{gpu_memory_gb} GB",
             *("" if total is None else "yes" if total <= limit else "no" for total in (*totals, now.training)),
             "nothing fits" if best is None else best.settings.replace("memory.", ""),
             "" if best is None else f"{best.seconds(on):.2f} ({on.name})",
-        )
+        ]
+
+
+def gpu_table(plan: Plan) -> Table:
+    """Return the table of `gpu_rows`."""
+    which = f"Which GPUs it fits, {len(plan.now.split)} of a size" if plan.now.split else "Which GPU it fits"
+    table = Table(title=f"{which}, as predicted", box=SIMPLE, title_justify="left")
+    for name in GPU_COLUMNS:
+        table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
+    for row in gpu_rows(plan):
+        table.add_row(*row)
     return table
 
 
@@ -217,8 +228,62 @@ def take_options(given: dict[str, Any]) -> tuple[float | None, int]:
     return card, processes
 
 
-def main(config: DictConfig) -> None:
-    """Print the plan of one configuration."""
+@dataclass(frozen=True)
+class Plan:
+    """What is predicted for a run, and for which memory.
+
+    Attributes:
+        planners: Planners by GPU, because not all multiply in FP8.
+        now: The prediction for the run as set, or as memory=auto would choose where that is set.
+        on: The GPU that times are predicted for.
+        card: Its memory in GB; None if no GPU is known.
+        name: Its name in CUDA; None for a GPU of that size.
+        memory: The group `memory` as given.
+        batch: What is predicted for batch_size=auto; empty without it.
+    """
+
+    run: RunConfig
+    planners: Callable[[Gpu], Planner]
+    now: Prediction
+    on: Gpu
+    card: float | None
+    name: str | None
+    memory: Mapping[str, Any]
+    on_gpu: bool
+    processes: int
+    batch: str
+
+    @property
+    def planner(self) -> Planner:
+        return self.planners(self.on)
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the planner chooses keys of the group `memory`."""
+        return self.memory.get("gpu_memory_gb") is not None
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        return fixed_keys(self.memory) if self.is_chosen else {}  # otherwise its values are the group's defaults
+
+    @property
+    def limit(self) -> int:
+        """Bytes that tensors can use."""
+        return limit_of(self.memory, self.card or 0)
+
+    @property
+    def fits(self) -> bool:
+        return self.card is None or self.now.training <= self.limit
+
+    def best(self) -> Prediction | None:
+        """Return what memory=auto would choose; None if nothing fits or no memory is known."""
+        if self.card is None:
+            return None
+        return choose(self.planner, self.fixed, self.limit, gpu(self.name, self.card))
+
+
+def make_plan(config: DictConfig) -> Plan:
+    """Return the plan of a composed configuration, with the options of this command."""
     given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     card, processes = take_options(given)
     cards = take_cards(given)
@@ -235,7 +300,7 @@ def main(config: DictConfig) -> None:
         card = round(torch.cuda.get_device_properties(place).total_memory / GIB, 1)
     elif card is None and is_chosen and not on_gpu:
         card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
-    run, chosen_batch = choose_batch_size(run, memory, card if on_gpu else None, name, cards)
+    run, batch = choose_batch_size(run, memory, card if on_gpu else None, name, cards)
     plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8, num_gpus=cards)))
 
     def planners(on: Gpu) -> Planner:
@@ -243,19 +308,25 @@ def main(config: DictConfig) -> None:
 
     planner = planners(gpu(name, card or SIZES[-1]))
     run.dry_run(planner.job.model)
-    fixed = fixed_keys(memory) if is_chosen else {}  # otherwise its values are the group's defaults
     now = planner.predict(choice_of(run.composed["memory"]))
     if is_chosen and card is not None:
-        now = choose(planner, fixed, limit_of(memory, card), gpu(name, card)) or now
+        now = choose(planner, fixed_keys(memory), limit_of(memory, card), gpu(name, card)) or now
     on = gpu(name, card or next((size for size in SIZES if now.training <= limit_of(memory, size)), SIZES[-1]))
-    now = (planner := planners(on)).predict(now.choice)
+    now = planners(on).predict(now.choice)
+    return Plan(run, planners, now, on, card, name, memory, on_gpu, processes, batch)
+
+
+def main(config: DictConfig) -> None:
+    """Print the plan of one configuration."""
+    plan = make_plan(config)
+    run, now, planner, card, on_gpu = plan.run, plan.now, plan.planner, plan.card, plan.on_gpu
 
     # The run and its memory by phase.
     console, shape = Console(width=max(120, Console().width), highlight=False), planner.job.shape
     console.print(
         f"{run.variant.name} in {planner.job.precision}: {many(shape.rows, 'image')} of {shape.image} tokens "
         f"with {shape.text} text tokens, {planner.job.trained_parameters:,} trained parameters"
-        + (f"; for each of {processes} processes with a sharded base" if processes > 1 else "")
+        + (f"; for each of {plan.processes} processes with a sharded base" if plan.processes > 1 else "")
     )
     for table in phase_tables(now, on_gpu):
         console.print(table)
@@ -263,39 +334,38 @@ def main(config: DictConfig) -> None:
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
 
     # Whether it fits, and the time of a step.
-    target = planned_memory(now, on_gpu, name, card or 0)
-    limit = limit_of(memory, card or 0)
-    fits = card is None or now.training <= limit
-    if card is not None and not fits:
+    target = planned_memory(now, on_gpu, plan.name, card or 0)
+    if not plan.fits:
         console.print(
             f"As set it does not fit {f'{card:g} GB' if on_gpu else target}: it needs {now.training / 1e9:.1f} GB"
             f"{' on one of them' if now.split else ''}, and "
-            f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
+            f"only {plan.limit / 1e9:.1f} GB are usable{headroom_text(plan.memory)}"
         )
-    console.print(f"{'A' if fits else 'If it did fit, a'} step of {describe(planner, now, on, name)}")
-    for hint in (faster(run, now, on) if on_gpu else "", chosen_batch, times_seen(run)):
+    console.print(f"{'A' if plan.fits else 'If it did fit, a'} step of {describe(planner, now, plan.on, plan.name)}")
+    for hint in (faster(run, now, plan.on) if on_gpu else "", plan.batch, times_seen(run)):
         console.print(hint, soft_wrap=True, end="\n" if hint else "")
-    if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):
+    if "prompts" in now.phases and now.total("prompts") > limit_of(plan.memory, card or SMALL_GPU):
         console.print(
             f"The text encoder needs {now.total('prompts') / 1e9:.1f} GB once, before training. Set "
             "text_encoder.storage=nf4 to reduce this, or text_encoder=remote to run it elsewhere."
         )
-    if is_chosen and card is None and on_gpu:
+    if plan.is_chosen and card is None and on_gpu:
         console.print("This machine has no GPU to choose settings for. Name a size: memory=24gb or +card=24.")
 
     # What memory=auto would choose.
     if on_gpu:
-        console.print(gpu_table(planners, now, memory))
+        console.print(gpu_table(plan))
     if card is not None:
-        best = choose(planner, fixed, limit_of(memory, card), gpu(name, card))
+        best = plan.best()
         if best is None:
             where = f"memory.gpu_memory_gb={card:g}" if on_gpu else target
-            console.print(f"For {target}: {does_not_fit(planner, fixed, limit, usable(card, 0), where, on)}")
+            said = does_not_fit(planner, plan.fixed, plan.limit, usable(card, 0), where, plan.on)
+            console.print(f"For {target}: {said}")
         else:
-            lighter_base = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
-            hint = f"{headroom_text(memory)}{lighter_base}".removesuffix(". ")
+            hint = f". {lighter(planner, plan.on)}" if best.moved else ""  # weights or activations leave the device
+            hint = f"{headroom_text(plan.memory)}{hint}".removesuffix(". ")
             console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
-        if has_gpu and (hint := split_hint(run, memory, best, card, on)):
+        if plan.name is not None and (hint := split_hint(run, plan.memory, best, card, plan.on)):
             console.print(hint)
 
 

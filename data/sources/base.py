@@ -67,19 +67,22 @@ class Bad(NamedTuple):
         return f"{shorten(self.name)} {printable(self.reason)}"
 
 
-class Uncaptioned(NamedTuple):
-    """A sample whose caption is not written yet, and where it belongs."""
+class CaptionPlace(NamedTuple):
+    """A sample, and the file in which its captions are written, or belong if there are none yet."""
 
-    sample: Sample  # without captions
-    file: Path  # a text file that does not exist, or the metadata.jsonl that names the image
+    sample: Sample  # without captions if none are written
+    file: Path | None = None  # a text file, or the metadata that names the image; None: a table, an archive, a prompt
     line: int | None = None  # of the metadata, from 1; None for a text file
     row: Mapping[str, Any] = {}  # that line as it was read
     column: str = ""  # of the metadata, for captions
+    written: tuple[str, ...] = ()  # its captions as they are in the file, without what `Captions` makes of them
+    reason: str = ""  # why the sample is bad, if it is
 
 
-# while this is a list, sources that are opened add to it the samples that lack nothing but a caption, which otherwise
-# count as bad
-UNCAPTIONED: ContextVar[list[Uncaptioned] | None] = ContextVar("UNCAPTIONED", default=None)
+# while this is a list, sources that are opened add all samples to it that they check; those that lack nothing but a
+# caption then do not count as bad
+CAPTION_PLACES: ContextVar[list[CaptionPlace] | None] = ContextVar("CAPTION_PLACES", default=None)
+UNWRITTEN = ("-",)  # captions with which a sample is checked that has none yet
 
 
 def caption_texts(value: object, allow_empty: bool = False) -> list[str]:
@@ -96,7 +99,11 @@ def caption_texts(value: object, allow_empty: bool = False) -> list[str]:
 
 
 class BadData(ValueError):  # noqa: N818
-    """A dataset has more bad samples than `max_bad` allows. The message lists every one of them."""
+    """A dataset has more bad samples than `max_bad` allows. The message lists every one of them, which are `bad`."""
+
+    def __init__(self, message: str, bad: Sequence[Bad] = ()) -> None:
+        super().__init__(message)
+        self.bad = list(bad)
 
 
 class Source(Sequence[Sample]):
@@ -138,7 +145,7 @@ class Source(Sequence[Sample]):
         self._alpha, self._mask_name = mask == ALPHA, None if mask == ALPHA else mask
         self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._loss_weight = float(loss_weight)
-        self._known, self._uncaptioned = KNOWN_FILES.get(), UNCAPTIONED.get()
+        self._known, self._places, self._uncaptioned = KNOWN_FILES.get(), CAPTION_PLACES.get(), 0
         self._samples: list[Sample] = []
         self._notes: dict[str, list[str]] = {}
 
@@ -174,31 +181,36 @@ class Source(Sequence[Sample]):
         self._check_bad(list(reasons))
 
     @without_collection()
-    def _take(self, found: Iterable[Sample | Bad | Uncaptioned], hint: str = "") -> None:
+    def _take(self, found: Iterable[Sample | Bad | CaptionPlace], hint: str = "") -> None:
         """Check, prepare and keep the samples found. Raise BadData as `leave_out` does, and, with `hint`, for none."""
         seen = set()
         for one in self._recalled(found):
             if isinstance(one, Bad):
                 self.bad.append(one)
                 continue
-            sample = one.sample if isinstance(one, Uncaptioned) else one
+            sample = one.sample if isinstance(one, CaptionPlace) else one
             same = (sample.name, sample.captions, tuple(picture.name for picture in sample.references))
             if same in seen:
                 self.bad.append(Bad(sample.name, "is a duplicate, with the same caption and references"))
                 continue
             seen.add(same)
+            prepared, reason = sample, ""
             try:
-                if isinstance(one, Uncaptioned):
-                    self._check_pictures(sample)
-                    assert self._uncaptioned is not None
-                    self._uncaptioned.append(one)
+                prepared = self._prepared(sample if sample.captions else replace(sample, captions=UNWRITTEN))
+                if sample.captions:
+                    self._samples.append(prepared)
                 else:
-                    self._samples.append(self._prepared(sample))
+                    prepared = replace(prepared, captions=())
+                    self._uncaptioned += 1
             except BadPicture as error:
-                what = "" if error.name == sample.name else f"has {error.name}, which "
-                self.bad.append(Bad(sample.name, f"{what}{error.reason}"))
+                reason = f"{'' if error.name == sample.name else f'has {error.name}, which '}{error.reason}"
+                self.bad.append(Bad(sample.name, reason))
             except ValueError as error:
-                self.bad.append(Bad(sample.name, str(error)))
+                reason = str(error)
+                self.bad.append(Bad(sample.name, reason))
+            if self._places is not None:
+                place = one if isinstance(one, CaptionPlace) else CaptionPlace(sample)
+                self._places.append(place._replace(sample=prepared, written=sample.captions, reason=reason))
         for kind, names in self._notes.items():
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             shown = ", ".join(map(shorten, names[:SHOWN]))
@@ -207,18 +219,26 @@ class Source(Sequence[Sample]):
             raise BadData(f"{self.where} has no samples{hint}")
         self._check_bad(self.bad)
 
-    def _recalled(self, found: Iterable[Sample | Bad | Uncaptioned]) -> Iterator[Sample | Bad | Uncaptioned]:
+    def _recalled(self, found: Iterable[Sample | Bad | CaptionPlace]) -> Iterator[Sample | Bad | CaptionPlace]:
         """Yield the same, with what earlier starts know of the images."""
         for part in in_parts(found, AT_ONCE):
             if self._known is not None:
-                self._known.recall(picture for one in part if isinstance(one, Sample) for picture in one.pictures)
+                samples = (one.sample if isinstance(one, CaptionPlace) else one for one in part)
+                found_here = (sample for sample in samples if isinstance(sample, Sample))
+                self._known.recall(picture for sample in found_here for picture in sample.pictures)
             yield from part
 
-    def _without_caption(self, sample: Sample, place: str) -> Bad | Uncaptioned:
+    def _without_caption(self, sample: Sample, place: str) -> Bad | CaptionPlace:
         """Return a sample that has no caption file; `place` says where a caption could be."""
-        if self._uncaptioned is None:
+        if self._places is None:
             return Bad(sample.name, f"has no caption: write {place}{INSTEAD}")
-        return Uncaptioned(sample, Path(sample.name).with_suffix(".txt"))
+        return CaptionPlace(sample, Path(sample.name).with_suffix(".txt"))
+
+    def _in_file(self, sample: Sample | Bad, *where: Any) -> Sample | Bad | CaptionPlace:
+        """Return a sample, where places are collected with the file of its captions and line, row and column in it."""
+        if self._places is None or self._prompt is not None or isinstance(sample, Bad):
+            return sample
+        return CaptionPlace(sample, Path(where[0]), *where[1:])
 
     def _note_unused(self, kind: str, *names: str) -> None:
         """Note what a dataset has and does not train; `_take` logs it."""
@@ -279,13 +299,13 @@ class Source(Sequence[Sample]):
     def _check_bad(self, new: Sequence[object]) -> None:
         """Raise BadData if there are too many bad samples or no good ones; log a warning if `new` ones are skipped."""
         listed = "".join(f"\n  {bad}" for bad in self.bad)
-        count = len(self) + len(self._uncaptioned or ()) + len(self.bad)
+        count = len(self) + self._uncaptioned + len(self.bad)
         share = f"{len(self.bad)} of {count} samples of {self.where}"
         if len(self.bad) > self.max_bad:
             skip = f"or remove them, or skip them with dataset.max_bad={len(self.bad)} (now {self.max_bad})"
             remedy = skip if self._samples or self._uncaptioned else "them: there is no other sample to train on"
-            raise BadData(f"{share} cannot be used:{listed}\nFix {remedy}")
+            raise BadData(f"{share} cannot be used:{listed}\nFix {remedy}", self.bad)
         if not self._samples and not self._uncaptioned:
-            raise BadData(f"{self.where} has no sample that can be used:{listed}")
+            raise BadData(f"{self.where} has no sample that can be used:{listed}", self.bad)
         if new:
             log.warning("%s are skipped:%s", share, listed)

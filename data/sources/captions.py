@@ -114,6 +114,11 @@ class Captions:
     def _finish(self, text: str) -> str:
         if self.template is not None:
             text = self.template.replace("{caption}", text).strip()
-        if self.trigger is not None and not re.search(rf"(?<!\w){re.escape(self.trigger)}(?!\w)", text):
-            text = f"{self.trigger}, {text}" if text else self.trigger
+        return text if self.trigger is None else with_trigger(text, self.trigger)
+
+
+def with_trigger(text: str, trigger: str) -> str:
+    """Return a caption with the trigger word in front, unless it has it already, as a word of its own."""
+    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
         return text
+    return f"{trigger}, {text}" if text else trigger

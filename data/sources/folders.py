@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import check_flag, check_text, check_texts
-from data.sources.base import REPLACED, UNUSED_COLUMNS, Bad, Sample, Source, Uncaptioned, caption_texts
+from data.sources.base import REPLACED, UNUSED_COLUMNS, Bad, CaptionPlace, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, Picture, file_picture, shorten
 from data.sources.listing import (
@@ -102,7 +102,7 @@ class Folder(Source):
                 "or remove the setting"
             )
 
-    def _found(self, folder: Path, above: tuple[str, ...]) -> Iterator[Sample | Bad | Uncaptioned]:
+    def _found(self, folder: Path, above: tuple[str, ...]) -> Iterator[Sample | Bad | CaptionPlace]:
         """Yield the samples of a folder, with `recursive` also those of its subfolders. `above` are real paths."""
         metadata = [folder / name for name in METADATA if (folder / name).exists()]
         if len(metadata) == 2:
@@ -130,7 +130,7 @@ class Folder(Source):
             self._note_unused("folders that cannot be read", str(error))
             return 0
 
-    def _from_sidecars(self, folder: Path, found: Listing) -> Iterator[Sample | Bad | Uncaptioned]:
+    def _from_sidecars(self, folder: Path, found: Listing) -> Iterator[Sample | Bad | CaptionPlace]:
         masks: dict[str, list[str]] = {}
         if self._mask_folder is not None:
             there = self._mask_folder / folder.relative_to(self.path)
@@ -169,7 +169,7 @@ class Folder(Source):
                         continue
                     if not texts and found.partner_of(stem):
                         self._note(TRAINED_PARTNERS, path)
-                    yield _with_caption(sample, self._prompt, texts)
+                    yield self._in_file(_with_caption(sample, self._prompt, texts), *texts)
         self._note_captions(found.texts, found.lone_texts)
         instead = (
             f"{OTHER_FILES}, or {' or '.join(METADATA)}" if self._prompt is None else f"files that may hold {REPLACED}"
@@ -185,7 +185,7 @@ class Folder(Source):
         lone = (files[0] for stem, files in masks.items() if "/" not in stem and stem not in found.pictures)
         self._note_unused("masks without an image of their name", *lone)
 
-    def _from_metadata(self, file: Path) -> Iterator[Sample | Bad | Uncaptioned]:
+    def _from_metadata(self, file: Path) -> Iterator[Sample | Bad | CaptionPlace]:
         rows = list(read_jsonl(file) if file.suffix == ".jsonl" else read_csv(file))
         if not rows:
             raise ValueError(f"{file} is empty. Write one line for each image")
@@ -198,7 +198,7 @@ class Folder(Source):
             self._note_unused(REPLACED, *(f"{file} line {number}" for number, row in rows if row.get(self._caption)))
         wanted = (self._image, *(self._references or ()), caption_column, self._mask_name)
         needed = [column for column in wanted if column is not None]
-        if self._uncaptioned is not None and caption_column is not None:
+        if self._places is not None and caption_column is not None:
             needed.remove(caption_column)
         self._folder = file.parent
         for column in needed:
@@ -214,13 +214,14 @@ class Folder(Source):
                 others = [self._inside(name) for column in references for name in _names(row.get(column), column)]
                 mask = self._picture(row, self._mask_name) if self._mask_name and row[self._mask_name] else None
                 is_empty = row.get(self._caption) in (None, "", []) and not (self.allow_empty and self._caption in row)
-                if self._uncaptioned is not None and self._prompt is None and is_empty:
-                    yield Uncaptioned(Sample(target, (), tuple(others)), file, number, row, self._caption)
+                at = file, number, row, self._caption
+                if self._places is not None and self._prompt is None and is_empty:
+                    yield CaptionPlace(Sample(target, (), tuple(others), mask=mask), *at)
                     continue
                 texts = (
                     [self._prompt] if self._prompt is not None else caption_texts(row[self._caption], self.allow_empty)
                 )
-                yield Sample(target, tuple(texts), tuple(others), mask=mask)
+                yield self._in_file(Sample(target, tuple(texts), tuple(others), mask=mask), *at)
             except ValueError as error:
                 yield Bad(f"{file} line {number}", str(error))
 
@@ -309,7 +310,7 @@ class Pairs(Source):
 
     def _found(
         self, target: Path, sources: Sequence[Path], masks: Path | None, incomplete: bool
-    ) -> Iterator[Sample | Bad | Uncaptioned]:
+    ) -> Iterator[Sample | Bad | CaptionPlace]:
         found = list_files(target, recursive=True)
         targets, texts = found.pictures, found.texts
         references = [list_files(folder, recursive=True) for folder in sources]
@@ -336,7 +337,8 @@ class Pairs(Source):
                 if self._prompt is None and stem not in texts:
                     yield self._without_caption(sample, f"{stem}.txt next to it")
                 else:
-                    yield _with_caption(sample, self._prompt, texts.get(stem, []))
+                    file = texts.get(stem, [])
+                    yield self._in_file(_with_caption(sample, self._prompt, file), *file)
         self._note_captions(found.texts, found.lone_texts)
         texts_of_references = [path for files in references for texts in files.texts.values() for path in texts]
         self._note_unused(f"captions of references: those in {target} count", *texts_of_references)

@@ -59,7 +59,10 @@ class Mix(Source):
         weights = self._weights
         if self._shares:
             each, total = sum(self._shares.values()), sum(map(len, self._sources.values()))
-            weights = {name: self._shares[name] / each * total / len(source) for name, source in self._sources.items()}
+            weights = {
+                name: self._shares[name] / each * total / max(len(source), 1)  # 0 if captions are still to be written
+                for name, source in self._sources.items()
+            }
         self._samples = [
             replace(sample, weight=sample.weight * weights[name])
             for name, source in self._sources.items()

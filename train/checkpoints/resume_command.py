@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from train.distributed.launch import is_submitted, launch_command, submitted_command
-from train.utils.redact import masked_settings
+from train.utils.redact import MASK, masked_settings
 
+SETTING = re.compile(r"\+?[A-Za-z][\w./@-]*=.*", re.DOTALL)  # no flag, and no deletion
 NOT_REPEATED = ("resume", "output_dir", "allow_changed_data")  # set by the resumed run, or meant for one start only
 
 
@@ -34,3 +36,37 @@ def command_line(folder: Path) -> str:
     on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     command = shlex.join([*start, script, *map(masked_settings, words), f"resume={folder}"])  # logs are read by others
     return f"ACCELERATE_USE_CPU=true {command}" if on_cpu else command
+
+
+def words_from_record(command: str, config_text: str) -> tuple[int, list[str]]:
+    """Return the number of processes and the settings of the command that a run kept, which may come from someone else.
+
+    A path below the home folder, which is kept as `~/...`, is written out where the run's `config_text` has it so.
+    Raises ValueError for what is no command of a training, lacks a secret, or names what is called or interpolated.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"the command cannot be read ({error})") from error
+    start, settings = [], words
+    if "train/run.py" in words:
+        at = words.index("train/run.py")
+        start, settings = words[:at], words[at + 1 :]
+    launched = re.fullmatch(r"accelerate launch --num_processes ([1-9]\d{0,3})", " ".join(start))
+    if start != ["python"] and not launched:
+        raise ValueError("it does not begin with: python train/run.py")
+    home = os.path.expanduser("~")
+    for word in settings:
+        if not SETTING.fullmatch(word):
+            raise ValueError(f"{word!r} is not a setting, key=value")
+        if MASK in word:
+            raise ValueError(f"{word!r} held a secret, which a run does not keep")
+        if "_target_" in word or "${" in word or word.lstrip("+").startswith("hydra"):
+            raise ValueError(f"{word!r} can call any function or read any variable")
+
+    def whole(found: re.Match[str]) -> str:
+        path = f"{home}/{found[1]}"
+        return path if path in config_text else found[0]
+
+    settings = [word for word in settings if word.lstrip("+").partition("=")[0] not in NOT_REPEATED]
+    return int(launched[1]) if launched else 1, [re.sub(r"~/([^,\]'\"]*)", whole, word) for word in settings]

@@ -41,7 +41,11 @@ def prepare_hydra() -> None:
     def expand_user(path: str) -> str:
         return str(user_path(path))
 
-    for resolver in (first, within, rate_for, expand_user):
+    def shipped(path: str) -> str:
+        """Return a file of this project by its path in a checkout; elsewhere by that in the installed package."""
+        return path if Path(path).exists() else str(CONFIG.parent / path)
+
+    for resolver in (first, within, rate_for, expand_user, shipped):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     Plugins.instance()  # registers a file with the name of ours, and Hydra rejects duplicates
     ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)

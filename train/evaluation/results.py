@@ -1,15 +1,25 @@
 """What train/evaluate.py drew and measured of a run, and report.html shows."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from flux2.utils.json_files import read_json
 from train.evaluation.distances import Nearest
+from train.utils.checks import is_count, is_number
 from train.utils.redact import masked
 
-BASE = "base"
+BASE, FINISHED = "base", "finished"  # rows that are no checkpoint
+FOLDER, NUMBERS = "evaluation", "evaluation.json"  # in the run folder, and what was measured in that
+MOST_BYTES, MOST_IMAGES = 64 << 20, 100_000  # of the file, which may come from someone else
+
+
+def row_name(step: int) -> str:
+    """Return the name of the row of a checkpoint, or of the base for step 0."""
+    return f"step {step}" if step else BASE
 
 
 @dataclass
@@ -81,3 +91,38 @@ class Evaluation:
         found = {key: getattr(self, key) for key in keys}
         found |= {key: [row.to_dict() for row in found[key]] for key in ("rows", "strengths")}
         return {key: masked(value) for key, value in found.items()}
+
+
+def read_row(values: Mapping[str, Any], place: Path, columns: int) -> Row:
+    """Return the name, step, strength and image files of a row of evaluation.json. Raises ValueError for another."""
+    name, step, strength, names = (values[key] for key in ("name", "step", "strength", "files"))
+    is_row = isinstance(name, str) and (step is None or is_count(step)) and is_number(strength)
+    if not is_row or not isinstance(names, list) or len(names) != columns:
+        raise ValueError(f"{name!r} is not a row of it")
+    if not all(file is None or (isinstance(file, str) and Path(file).name == file) for file in names):
+        raise ValueError(f"a file of {name!r} is outside of its folder")
+    return Row(name, step, strength, [None if file is None else place / file for file in names])
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """Return what train/evaluate.py drew of the run in `folder`, without what it measured; None if there is nothing.
+
+    Raises ValueError, naming the file, for one that is not an evaluation's.
+    """
+    file, pictures = folder / FOLDER / NUMBERS, folder / FOLDER / "pictures"
+    if not file.exists():
+        return None
+    found = read_json(file, MOST_BYTES)
+    try:
+        prompts = [str(prompt) for prompt in found["prompts"]]
+        columns = [(i, seed) for i, seed in found["columns"]]
+        if not all(is_count(i) and i < len(prompts) and is_count(seed) for i, seed in columns):
+            raise ValueError("a column has no prompt")
+        rows = [read_row(row, pictures, len(columns)) for row in found["rows"]]
+        first = [column for column in columns if column[1] == columns[0][1]]
+        strengths = [read_row(row, pictures, len(first)) for row in found["strengths"]]
+        if not rows or len(rows) * len(columns) > MOST_IMAGES:
+            raise ValueError(f"it has {len(rows)} rows of {len(columns)} images")
+        return Evaluation(folder, str(found["features"]), prompts, columns, rows, str(found["chosen"]), strengths)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not the file of an evaluation ({error}). Run train/evaluate.py again") from error

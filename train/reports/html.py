@@ -64,12 +64,12 @@ def source_hash(script: str) -> Markup:
 
 
 @cache
-def environment() -> jinja2.Environment:
-    """Return the Jinja2 environment of the templates."""
+def environment(*folders: Path) -> jinja2.Environment:
+    """Return the Jinja2 environment of the templates in `folders`, then of those here."""
     import jinja2
 
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: masked_text(value) if type(value) is str else value,  # not Markup, which is ours

@@ -9,7 +9,7 @@ pointer touches it outside of its knob.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from flux2.adapters.files import PEFT_FILE
 from flux2.utils.json_files import read_json
 from train.checkpoints.checkpoint import checksum
 from train.evaluation.distances import Nearest
-from train.evaluation.results import BASE, Evaluation, Row
+from train.evaluation.results import BASE, Evaluation, Row, row_name
 from train.reports.html import Table, number
 from train.utils.files import make_writable, read_image, write_whole
 from train.utils.redact import masked_text
@@ -34,11 +34,23 @@ Pair = tuple[str, Image.Image, Image.Image]  # label, image before training, ima
 
 
 @dataclass(frozen=True)
+class LinkedImage:
+    """An image that a page loads from an address, instead of one that it contains."""
+
+    address: str
+    width: int
+    height: int
+
+
+Shown = Image.Image | LinkedImage | None  # None: it could not be computed
+
+
+@dataclass(frozen=True)
 class Shot:
-    """The image of one row, such as `base` or `step 400`; None if it could not be computed. `first`: shown at first."""
+    """The image of one row, such as `base` or `step 400`. `first`: shown at first."""
 
     name: str
-    image: Image.Image | None
+    image: Shown
     first: bool = False
 
 
@@ -55,20 +67,29 @@ def image_width(cells: Sequence[Cell]) -> int:
     return 640 if sum(len(cell.shots) for cell in cells) <= 80 else 400
 
 
-def training_cells(folder: Path) -> list[Cell]:
+def grid_images(step: int, file: Path) -> Sequence[tuple[str, Shown]]:
+    """Return the prompts and images of a sample grid; none if it cannot be read."""
+    grid = read_image(file)
+    return [] if grid is None else split_grid(grid)
+
+
+def training_cells(
+    folder: Path, images_of: Callable[[int, Path], Sequence[tuple[str, Shown]]] = grid_images
+) -> list[Cell]:
     """Return a cell for each prompt of a run's newest sample grid, with the images of at most `MAX_GRIDS` steps.
 
     An older grid takes part if it has the same prompt at the same place: a resumed run may have other prompts.
+    `images_of` returns the prompts and images of the grid of a step.
     """
     files = list(sample_grids(folder).items())
     if len(files) > MAX_GRIDS:  # the first and the last among them
         files = [files[round(i * (len(files) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
-    grids = [(f"step {step}" if step else BASE, read_image(file)) for step, file in files]
-    parts = [(name, found) for name, grid in grids if grid is not None and (found := split_grid(grid))]
-    newest = next((grid for _, grid in reversed(grids) if grid is not None and split_grid(grid)), None)
+    grids = [(row_name(step), file, images_of(step, file)) for step, file in files]
+    parts = [(name, file, found) for name, file, found in grids if found]
+    newest = read_image(parts[-1][1]) if parts else None
     edited, cells = split_references(newest) if newest is not None else [], []
-    for i, (prompt, _) in enumerate(parts[-1][1] if parts else []):
-        same = [(name, found[i][1]) for name, found in parts if i < len(found) and found[i][0] == prompt]
+    for i, (prompt, _) in enumerate(parts[-1][2] if parts else []):
+        same = [(name, found[i][1]) for name, _, found in parts if i < len(found) and found[i][0] == prompt]
         given = edited[i % len(edited)] if edited else None  # the same at each scale
         shots = [Shot(name, image, name == parts[-1][0]) for name, image in same]
         cells.append(Cell(prompt, [*shots, *([Shot("reference", given)] if given is not None else [])]))
@@ -127,12 +148,12 @@ def evaluation_cells(evaluations: Sequence[Evaluation], runs: Sequence[str]) -> 
     return cells
 
 
-def strength_cells(evaluation: Evaluation) -> list[Cell]:
+def strength_cells(evaluation: Evaluation, read: Callable[[Path | None], Shown] = read_image) -> list[Cell]:
     """Return a cell for each prompt, with the chosen adapter at several strengths from the first seed."""
     rows, seed = evaluation.strengths, evaluation.columns[0][1]
     labels = [label for label, (_, each) in zip(evaluation.labels, evaluation.columns, strict=True) if each == seed]
     return [
-        Cell(label, [Shot(f"x {row.name}", read_image(row.files[i]), row is rows[-1]) for row in rows])
+        Cell(label, [Shot(f"x {row.name}", read(row.files[i]), row is rows[-1]) for row in rows])
         for i, label in enumerate(labels)
         if rows
     ]

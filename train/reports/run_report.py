@@ -24,7 +24,7 @@ from train.checkpoints.checkpoint import checkpoints, step_of
 from train.evaluation import distances
 from train.evaluation.findings import caution, find_problems
 from train.evaluation.recommend import percent, recommend
-from train.evaluation.results import BASE, Evaluation
+from train.evaluation.results import Evaluation, row_name
 from train.reports import html as page
 from train.reports import plots
 from train.reports import run_pictures as pictures
@@ -54,8 +54,8 @@ class RunSummary:
     recommended: int | None  # step of the recommended checkpoint
     reasons: list[str]  # sentences about the recommendation
     problems: list[str]  # sentences about what stands out
-    progress: str  # how far the training is; empty if it has ended
     command: str  # the commands that started and resumed it; empty if they were not kept
+    progress: str = ""  # how far the training is; empty if it has ended
 
     @classmethod
     def read(cls, folder: Path, evaluation: Evaluation | None = None) -> RunSummary:
@@ -141,7 +141,7 @@ def loss_table(run: RunSummary) -> Table:
     for step in shown:
         gain = percent(losses[step], losses[0]) if step and 0 in losses else ""
         by_time = [number(each.get(step), ".4f") for each in times.values()]
-        rows.append([f"step {step}" if step else BASE, f"{losses[step]:.4f}", gain, *by_time])
+        rows.append([row_name(step), f"{losses[step]:.4f}", gain, *by_time])
     best = [step == run.recommended for step in shown]
     return Table(
         ["checkpoint"], ["mean", "vs. base", *times], rows, best, f"Validation loss by checkpoint and time: {run.label}"

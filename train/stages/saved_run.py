@@ -33,6 +33,7 @@ from train.checkpoints import resume
 from train.checkpoints.checkpoint import CONFIG_FILE, check, checkpoints, checksum, step_of
 from train.config.paths import CONFIG
 from train.encoding.prepare import prepare
+from train.evaluation.results import FINISHED, FOLDER
 from train.stages.data import cache_request, paths, sample_captions
 from train.stages.memory import load_config
 from train.stages.model import load_sampler, place_blocks, shared_base
@@ -40,7 +41,6 @@ from train.utils.files import make_writable, read_image, read_yaml, write_whole
 from train.utils.memory import free_memory
 from train.validation.samples import Sampler
 
-FOLDER = "evaluation"  # in the run folder
 TRAINING_ONLY = (
     "adapter",
     "optimizer",
@@ -96,7 +96,7 @@ def candidates(folder: Path, wanted: Sequence[int] | None = None) -> tuple[list[
             damaged.append(str(error).partition(". Delete")[0])
             continue
         if step is not None or digest not in [one.digest for one in found]:
-            found.append(Candidate("finished" if step is None else f"step {step}", step, place, digest))
+            found.append(Candidate(FINISHED if step is None else f"step {step}", step, place, digest))
     if not found:
         why = f"no checkpoint is readable: {'; '.join(damaged)}" if damaged else "it has no checkpoint"
         raise ValueError(f"{folder} has no adapter to evaluate: {why}")

@@ -107,33 +107,42 @@ def side_by_side(images: Sequence[Image.Image], height: int = 256) -> Image.Imag
     return row
 
 
-def cut(grid: Image.Image, boxes: Sequence[Any]) -> list[Image.Image]:
-    """Return the parts of a grid at `boxes`. Raise ValueError if these are outside of it or larger than it."""
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def checked_boxes(grid: Image.Image, boxes: Sequence[Any]) -> list[Box]:
+    """Return the boxes of a grid's layout. Raise ValueError if these are outside of it or together larger than it."""
     found = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in boxes]
     inside = all(0 <= x0 < x1 <= grid.width and 0 <= y0 < y1 <= grid.height for x0, y0, x1, y1 in found)
     if not inside or sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in found) > grid.width * grid.height:
         raise ValueError("the boxes are not those of a grid")
-    return [grid.crop(box) for box in found]
+    return found
 
 
-def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
-    """Return the prompts and images of a sample grid; an empty list if the file has no layout, or not that of a grid.
+def grid_boxes(grid: Image.Image) -> list[tuple[str, Box]]:
+    """Return the prompts of a sample grid and the boxes of their images, from the file's header alone.
 
-    The file may come from someone else: the images lie in the grid and are together no larger than it.
+    An empty list if the file has no layout, or not that of a grid. It may come from someone else: the images lie in the
+    grid and are together no larger than it.
     """
     try:
         layout = parse_json(grid.info[LAYOUT])
-        images = cut(grid, layout["boxes"])
-        return [(str(prompt), image) for prompt, image in zip(layout["prompts"], images, strict=True)]
+        boxes = checked_boxes(grid, layout["boxes"])
+        return [(str(prompt), box) for prompt, box in zip(layout["prompts"], boxes, strict=True)]
     except (KeyError, TypeError, ValueError, OverflowError):
         return []
+
+
+def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
+    """Return the prompts and images of a sample grid, as `grid_boxes` finds them."""
+    return [(prompt, grid.crop(box)) for prompt, box in grid_boxes(grid)]
 
 
 def split_references(grid: Image.Image) -> list[Image.Image | None]:
     """Return what each prompt of a sample grid edits; an empty list if no prompt edits anything, as in `split_grid`."""
     try:
         boxes = parse_json(grid.info[LAYOUT]).get(REFERENCES, [])
-        images = iter(cut(grid, [box for box in boxes if box is not None]))
-        return [None if box is None else next(images) for box in boxes]
+        found = iter(checked_boxes(grid, [box for box in boxes if box is not None]))
+        return [None if box is None else grid.crop(next(found)) for box in boxes]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return []

@@ -244,6 +244,9 @@ def test_the_report_is_rewritten_at_validations_and_when_the_run_is_stopped(trai
     train("run", *settings, "resume=auto")
     finished = texts(page.read_text())
     assert "Written at the end of training" in finished
+    (page.parent / "command.txt").write_text("python train/run.py model=tiny\n")
+    summary = run_report.RunSummary.read(page.parent)
+    assert (summary.command, summary.progress) == ("python train/run.py model=tiny", "")
     assert "No checkpoint is recommended" in finished
 
 

@@ -1,8 +1,9 @@
-// Draw each chart of the page with uPlot: at the width of its figure, in the colors of the page, light or dark.
+// Draw each chart of `root` with uPlot: at the width of its figure, in the colors of the page, light or dark.
 const text = value => value == null ? '' : String(+value.toPrecision(4));
 const colorOf = name => () => getComputedStyle(document.body).getPropertyValue(name).trim();
 const wholeSteps = [...Array(12).keys()].flatMap(power => [1, 2, 5].map(factor => factor * 10 ** power));
-for (const box of document.querySelectorAll('[data-chart]')) {
+const drawCharts = root => { for (const box of root.querySelectorAll('[data-chart]')) {
+  if (box.chart) continue;
   const {logarithmic, series} = JSON.parse(box.dataset.chart);
   const axis = {
     stroke: () => getComputedStyle(document.body).color, font: '12px system-ui', ticks: {show: false},
@@ -12,7 +13,7 @@ for (const box of document.querySelectorAll('[data-chart]')) {
   const size = () => ({width: box.clientWidth, height: 220});
   box.setAttribute('aria-label', box.textContent);
   box.textContent = '';
-  const chart = new uPlot({
+  const chart = box.chart = new uPlot({
     ...size(),
     cursor: {drag: {x: false}},
     scales: {x: {time: false}, y: {distr: logarithmic ? 3 : 1}},
@@ -27,5 +28,8 @@ for (const box of document.querySelectorAll('[data-chart]')) {
     }))],
   }, uPlot.join(series.map(one => [one.steps, one.values])), box);
   new ResizeObserver(() => chart.setSize(size())).observe(box);
-  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => chart.redraw());
-}
+} };
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => {
+  for (const box of document.querySelectorAll('[data-chart]')) box.chart.redraw();  // none that a page has replaced
+});
+drawCharts(document);

@@ -1,7 +1,7 @@
 // Put a slider over the base's image and a second one into each comparison; the thumbnails below choose the second.
-for (const cell of document.querySelectorAll('.cell')) {
+const makeComparisons = root => { for (const cell of root.querySelectorAll('.cell')) {
   const buttons = [...cell.querySelectorAll('.strip button')];
-  if (buttons.length < 2) continue;
+  if (buttons.length < 2 || cell.querySelector('.compare')) continue;
   const make = (tag, className, parent) => {
     const element = document.createElement(tag);
     element.className = className;
@@ -51,4 +51,5 @@ for (const cell of document.querySelectorAll('.cell')) {
   choose(buttons.find(button => 'first' in button.dataset) || buttons.at(-1));
   move();
   cell.querySelector('.strip').before(compare, names);
-}
+} };
+makeComparisons(document);

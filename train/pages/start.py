@@ -1,0 +1,159 @@
+"""Plan and start a run: what is trained, whether it fits, the command, and its place in the queue."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from train import plan as planning
+from train.cli.errors import USER_ERRORS
+from train.pages import settings as forms
+from train.pages.base import Form, Studio, page, studio
+from train.pages.settings import SettingError
+from train.planner.gpus import SIZES
+
+router = APIRouter()
+USE_CASES = ("style", "character", "object", "edit", "slider")
+FIRST = (  # what is asked first; everything else is in the list of all settings
+    "dataset.path",
+    "dataset.captions.trigger",
+    "name",
+    "steps",
+    "buckets.resolution",
+    "adapter.rank",
+    "optimizer.lr",
+    "sample.prompts",
+)
+WORD = re.compile(r"[a-z]\w*")
+
+
+class StartForm(Form):
+    """Choices of groups by group, and values of settings by name, as typed; those of the choices are left out."""
+
+    groups: dict[str, str] = Field(default_factory=dict, max_length=64)
+    values: dict[str, str] = Field(default_factory=dict, max_length=1000)
+    card: float | None = Field(default=None, ge=1, le=10_000)
+
+
+def group_overrides(chosen: StartForm) -> list[str]:
+    """Return the overrides of the chosen groups. Raises SettingError for a group or a choice that conf/ has not."""
+    found = []
+    for group, choice in chosen.groups.items():
+        if group not in forms.groups():
+            raise SettingError(f"{group!r} is no group of settings", group)
+        if choice and choice not in forms.groups()[group]:
+            raise SettingError(f"{group}={choice} is not one of {', '.join(forms.groups()[group])}", group)
+        if choice:
+            found.append(f"+experiment={choice}" if group == "experiment" else f"{group}={choice}")
+    return found
+
+
+def overrides_of(known: Studio, chosen: StartForm) -> list[str]:
+    """Return the overrides of a form: groups, then the values that differ from what they compose.
+
+    Raises SettingError for what is no setting, and Refused for a path outside of the opened folders.
+    """
+    choices = group_overrides(chosen)
+    before = {one.name: one.value for one in forms.settings(choices)}
+    found = []
+    for name, value in chosen.values.items():
+        if name not in before:
+            raise SettingError(f"{name} is no setting of these choices", name)
+        if value.strip() == before[name].strip():
+            continue
+        if forms.PLACES.search(name):
+            known.workspace.check(value)
+        found.append(forms.override(name, value.strip()))
+    return choices + found
+
+
+@router.get("/start")
+def start(request: Request, experiment: str = "") -> Response:
+    """The form; `experiment` is chosen at first."""
+    known = [name for name in (experiment,) if name in forms.groups()["experiment"]]
+    choices = [f"+experiment={name}" for name in known]
+    return page(
+        request,
+        "start.html",
+        title="Start",
+        experiment=next(iter(known), ""),
+        cases=USE_CASES,
+        groups=forms.groups(),
+        chosen=chosen_groups(choices),
+        settings=sorted(forms.settings(choices), key=lambda one: FIRST.index(one.name) if one.name in FIRST else 99),
+        first=FIRST,
+        about=forms.about("experiment", known[0]) if known else "",
+        sizes=SIZES,
+    )
+
+
+def chosen_groups(choices: list[str]) -> dict[str, str]:
+    """Return the choice of each group that `choices` compose."""
+    return dict.fromkeys(forms.groups(), "") | forms.chosen_groups(choices)
+
+
+@router.post("/start/settings")
+def list_settings(request: Request, chosen: StartForm) -> dict[str, str]:
+    """The list of all settings that the chosen groups have."""
+    choices = group_overrides(chosen)
+    found = page(request, "start_settings.html", settings=forms.settings(choices), given=chosen.values, first=FIRST)
+    return {"html": bytes(found.body).decode()}
+
+
+@router.post("/start/plan")
+def plan(request: Request, chosen: StartForm) -> dict[str, str]:
+    """What is predicted for the form."""
+    overrides = overrides_of(studio(request), chosen)
+    card = [] if chosen.card is None else [f"+card={chosen.card:g}"]
+    config = forms.compose([*overrides, *card])
+    try:
+        found = planning.make_plan(config)
+        rows, seen = list(planning.gpu_rows(found)) if found.on_gpu else [], planning.times_seen(found.run)
+    except USER_ERRORS as error:
+        raise forms.error_of(error, overrides) from error
+    step = planning.describe(found.planner, found.now, found.on, found.name)
+    best = found.best()
+    return {
+        "html": bytes(
+            page(
+                request,
+                "start_plan.html",
+                plan=found,
+                best=best,
+                step=step,
+                hours=found.now.seconds(found.on) * found.run.settings.steps / 3600 if found.on_gpu else None,
+                seen=seen,
+                columns=planning.GPU_COLUMNS,
+                rows=rows,
+                widest=max([found.limit, *map(found.now.total, found.now.phases)]),
+                command=forms.typed_command(overrides),
+                plan_command=forms.typed_command([*overrides, *card], "plan"),
+            ).body
+        ).decode()
+    }
+
+
+@router.post("/start/run")
+def run(request: Request, chosen: StartForm) -> dict[str, str]:
+    """Put the run into the queue, after the checks that it makes before it computes anything."""
+    known = studio(request)
+    overrides = overrides_of(known, chosen)
+    config = forms.compose(overrides)
+    try:
+        planning.make_plan(config.copy())
+    except USER_ERRORS as error:
+        raise forms.error_of(error, overrides) from error
+    name = str(config.name)
+    if config.get("output_dir") is None:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise SettingError(f"name={name!r} must be a word without slashes: it becomes a folder", "name")
+        folder = known.workspace.outputs / name / time.strftime("%Y-%m-%d_%H-%M-%S")
+        overrides.append(forms.override("output_dir", known.workspace.show(folder)))
+    else:
+        folder = known.workspace.resolve(str(config.output_dir))
+    device = str(config.get("device") or "")
+    job = known.queue.add(f"train {name}", forms.command(overrides), device, folder)
+    return {"redirect": f"/jobs/{job.number}"}
