@@ -133,6 +133,16 @@ def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None
     return f"{many(images, 'image')}: {seconds:.2f} s ({source}); {flops:.0f} TFLOP in matrix products"
 
 
+def total_time(plan: Plan) -> str:
+    """Return the predicted time of all steps; empty for a CPU, for which none is predicted."""
+    if not plan.on_gpu:
+        return ""
+    minutes = plan.now.seconds(plan.on) * plan.run.settings.steps / 60
+    text = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes" if minutes >= 1 else "a minute"
+    steps = many(plan.run.settings.steps, "step")
+    return f"{steps} are predicted to take {text}, without encoding, sample grids and validation."
+
+
 def times_seen(run: RunConfig) -> str:
     """Return how often each image is trained, with a hint at both ends; empty for a dataset that is not here."""
     where = paths(run.composed["dataset"])
@@ -342,7 +352,7 @@ def main(config: DictConfig) -> None:
             f"only {plan.limit / 1e9:.1f} GB are usable{headroom_text(plan.memory)}"
         )
     console.print(f"{'A' if plan.fits else 'If it did fit, a'} step of {describe(planner, now, plan.on, plan.name)}")
-    for hint in (faster(run, now, plan.on) if on_gpu else "", plan.batch, times_seen(run)):
+    for hint in (total_time(plan), faster(run, now, plan.on) if on_gpu else "", plan.batch, times_seen(run)):
         console.print(hint, soft_wrap=True, end="\n" if hint else "")
     if "prompts" in now.phases and now.total("prompts") > limit_of(plan.memory, card or SMALL_GPU):
         console.print(

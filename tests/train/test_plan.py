@@ -44,7 +44,8 @@ def offline(monkeypatch):
     [
         (
             ["+experiment=tarot", "precision=nf4", "memory=24gb"],
-            "dev in nf4 ... 2 ... 4096 tokens ... 512 ... 34.7 ... predicted ... 24 GB ... memory=auto",
+            "dev in nf4 ... 2 ... 4096 tokens ... 512 ... 34.7 ... predicted ... 1,000 steps are predicted to take ... "
+            "hours, without encoding ... 24 GB ... memory=auto",
         ),
         (["model=tiny", "device=cpu"], "tiny in fp32 ... 64 tokens ... host memory"),
         (["+experiment=demo", "memory=8gb"], "8 GB ... 10"),

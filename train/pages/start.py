@@ -124,7 +124,7 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
                 plan=found,
                 best=best,
                 step=step,
-                hours=found.now.seconds(found.on) * found.run.settings.steps / 3600 if found.on_gpu else None,
+                total=planning.total_time(found),
                 seen=seen,
                 columns=planning.GPU_COLUMNS,
                 rows=rows,
