@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import Field
 
+from flux2.adapters.files import PEFT_FILE
 from flux2.utils.json_files import read_text
 from train.checkpoints.checkpoint import CONFIG_FILE, checkpoints
 from train.checkpoints.resume_command import words_from_record
@@ -64,7 +65,8 @@ def one(request: Request, folder: str) -> Response:
     run = run_files.check_run(studio(request).workspace.resolve(folder))
     summary = run_files.summary(run)
     values = {"run": summary, "shown": studio(request).workspace.show(run), "parts": list(PARTS)}
-    return page(request, "run.html", title=summary.label, has_report=(run / REPORT).is_file(), **values)
+    values |= {"has_report": (run / REPORT).is_file(), "has_adapter": (run / "adapter" / PEFT_FILE).is_file()}
+    return page(request, "run.html", title=summary.label, **values)
 
 
 @router.get("/runs/part")

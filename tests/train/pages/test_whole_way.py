@@ -79,7 +79,7 @@ def press(browser: Browser, text: str) -> None:
 
 
 def shown(browser: Browser) -> str:
-    return browser.js("document.querySelector('main').innerText") or ""
+    return browser.js("document.querySelector('main')?.innerText") or ""
 
 
 def look(browser: Browser, folder: Path, name: str) -> None:
@@ -128,7 +128,7 @@ def test_from_a_folder_of_images_to_a_file_for_another_program(served, tmp_path)
         served.start()
         second.open(f"{served.address}/jobs/1")
         until(lambda: "best checkpoint" in shown(browser), 240)  # the first page goes on by itself
-        until(lambda: browser.js("document.querySelector('main .state').innerText") == "done")
+        until(lambda: browser.js("document.querySelector('main .state')?.innerText") == "done")
         until(lambda: "best checkpoint" in shown(second))
         look(browser, shots, "job")
         (run,) = (served.here / "outputs/style").iterdir()
@@ -139,6 +139,7 @@ def test_from_a_folder_of_images_to_a_file_for_another_program(served, tmp_path)
         browser.open(f"{served.address}/runs/one?folder={folder}")
         until(lambda: browser.js("document.querySelectorAll('main canvas').length") >= 2)
         until(lambda: "train/run.py +experiment=style" in shown(browser))
+        assert "take it away" in shown(browser)
         look(browser, shots, "run")
 
         # an image with its adapter, and a file for ComfyUI
