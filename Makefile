@@ -38,7 +38,7 @@ demo-edit: setup
 	$(BIN)/python train/demo_edit.py
 
 studio: setup
-	$(BIN)/python train/studio.py
+	$(BIN)/python train/studio.py $(FOLDERS)
 
 test: setup
 	$(PYTEST) -m 'not slow'

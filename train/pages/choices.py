@@ -66,8 +66,10 @@ class Comparison:
         for pair in self.shown:
             key = (min(pair.left, pair.right), max(pair.left, pair.right))
             counts[key] += 1
-            done.add((key, pair.place))
-        left = [(key, place) for key in counts for place in places[key[0]] & places[key[1]] if (key, place) not in done]
+            done.add((key, pair.place[1:]))  # a sample grid and an evaluation draw the same picture
+        left = [
+            (key, place) for key in counts for place in places[key[0]] & places[key[1]] if (key, place[1:]) not in done
+        ]
         if not left:
             return self
         fewest = min(counts[key] for key, _ in left)

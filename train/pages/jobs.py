@@ -16,6 +16,11 @@ class Number(Form):
     number: int
 
 
+@router.get("/jobs")
+def all_jobs(request: Request) -> Response:
+    return page(request, "jobs_all.html", title="Queue")
+
+
 @router.get("/jobs/live")
 def live(request: Request) -> Response:
     return page(request, "jobs.html")

@@ -41,6 +41,7 @@ LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes")  # and their 
 MOST_BYTES = 1 << 20  # of a job's file
 TAIL = 20_000  # bytes of a log that are shown
 POLL_SECONDS = 1.0
+RECENT_SECONDS = 300.0
 
 
 def typed(command: Sequence[str]) -> str:
@@ -73,6 +74,11 @@ class QueuedJob:
     @property
     def is_active(self) -> bool:
         return self.state in (WAITING, RUNNING)
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether every page shows the job: while it is active, and some minutes after its end."""
+        return self.is_active or time.time() - max(self.ended, self.started) < RECENT_SECONDS
 
 
 def job_of(values: Any) -> QueuedJob | None:

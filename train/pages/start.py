@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from itertools import chain
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -27,7 +28,7 @@ FIRST = (  # what is asked first; everything else is in the list of all settings
     "optimizer.lr",
     "sample.prompts",
 )
-WORD = re.compile(r"[a-z]\w*")
+MISSING = "???"  # a value that has to be given
 
 
 class StartForm(Form):
@@ -75,6 +76,8 @@ def start(request: Request, experiment: str = "") -> Response:
     """The form; `experiment` is chosen at first."""
     known = [name for name in (experiment,) if name in forms.groups()["experiment"]]
     choices = [f"+experiment={name}" for name in known]
+    found = forms.settings(choices)
+    first = [*FIRST, *(one.name for one in found if one.value == MISSING and one.name not in FIRST)]
     return page(
         request,
         "start.html",
@@ -83,8 +86,8 @@ def start(request: Request, experiment: str = "") -> Response:
         cases=USE_CASES,
         groups=forms.groups(),
         chosen=chosen_groups(choices),
-        settings=sorted(forms.settings(choices), key=lambda one: FIRST.index(one.name) if one.name in FIRST else 99),
-        first=FIRST,
+        settings=sorted(found, key=lambda one: first.index(one.name) if one.name in first else len(first)),
+        first=first,
         about=forms.about("experiment", known[0]) if known else "",
         sizes=SIZES,
     )
@@ -128,6 +131,7 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
                 seen=seen,
                 columns=planning.GPU_COLUMNS,
                 rows=rows,
+                colors={name: place for place, name in enumerate(dict.fromkeys(chain(*found.now.phases.values())))},
                 widest=max([found.limit, *map(found.now.total, found.now.phases)]),
                 command=forms.typed_command(overrides),
                 plan_command=forms.typed_command([*overrides, *card], "plan"),

@@ -39,7 +39,10 @@ class Workspace:
             raise Refused(f"{str(path)!r} is no path ({error})") from error
         if not any(found.is_relative_to(folder) for folder in (*self.folders, self.outputs)):
             opened = listed([str(folder) for folder in self.folders])
-            raise Refused(f"{path} is outside of the opened folders ({opened}). Open it: python train/studio.py {path}")
+            words = " ".join([*map(str, self.folders[1:]), str(path)])  # the first is the current one
+            raise Refused(
+                f"{path} is outside of the opened folders ({opened}). Open it: python train/studio.py {words}"
+            )
         return found
 
     def check(self, value: str) -> None:

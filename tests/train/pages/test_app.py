@@ -91,4 +91,6 @@ def test_names_are_shown_as_text(studio_page, tmp_path):
     shown = page.get("/jobs/1").text
     assert "&lt;b&gt;job" in shown
     assert "<b>job" not in shown
+    assert "&lt;b&gt;job" in page.get("/jobs").text
+    assert "&lt;b&gt;job" in page.get("/jobs/live").text
     assert "&lt;i&gt;" in page.get("/image", params={"path": "<i>"}).text

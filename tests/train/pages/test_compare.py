@@ -229,6 +229,12 @@ def test_what_is_wrong_with_a_choice_is_an_error(page, two):
     assert str(file) in page.submit("/compare/blind", of=of)["error"]
 
 
+def test_a_picture_of_a_grid_and_of_an_evaluation_is_judged_once():
+    places = {i: {(source, "p", 0) for source in ("grid", "evaluation")} for i in range(2)}
+    comparison = Comparison(("a", "b")).with_next(places, random.Random(0)).picked(1, "left")
+    assert comparison.with_next(places, random.Random(0)) == comparison
+
+
 def test_pairs_are_taken_in_turn_and_in_both_orders():
     places = {0: {("s", "p", i) for i in range(30)}, 1: {("s", "p", i) for i in range(30)}, 2: {("s", "p", 0)}}
     comparison, chance = Comparison(("a", "b", "c")), random.Random(0)

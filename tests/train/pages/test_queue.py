@@ -149,3 +149,10 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path):
     queue.folder.chmod(0o777)
     with pytest.raises(ValueError, match="others may write there"):
         queue.add("job", run("model=tiny"))
+
+
+def test_the_end_of_a_job_is_shown_for_a_while(tmp_path):
+    now = time.time()
+    for state, ended, shown in (("running", 0.0, True), ("failed", now - 9, True), ("done", now - 900, False)):
+        job = queues.QueuedJob(1, "job", ["true"], state=state, started=now - 1000, ended=ended)
+        assert job.is_recent == shown

@@ -1,5 +1,6 @@
 """The studio's form for a run: every setting, its command, its plan, and what is refused."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -105,3 +106,19 @@ def test_an_error_without_a_setting_has_no_field():
     with pytest.raises(SettingError) as error:
         forms.compose(["model=tinny"])
     assert (str(error.value), error.value.field) == ("model=tinny is not a choice; did you mean tiny?", "model")
+
+
+def test_what_has_to_be_given_is_asked_for_first(page):
+    text = page.get("/start?experiment=slider").text
+    asked = text.partition("All choices")[0]
+    for name in ("target.positive", "target.negative", "dataset.path"):
+        assert f'name="{name}"' in asked
+    assert 'name="target.guidance"' not in asked
+
+
+def test_a_part_of_the_memory_has_one_color_in_all_phases(page):
+    text = page.submit("/start/plan", groups={"model": "klein_base_4b"}, card=24)["html"]
+    for name in ("weights of blocks", "libraries (assumed)", "optimizer"):
+        colors = set(re.findall(rf'class="part (c\d)"[^>]*title="{re.escape(name)}:', text))
+        assert len(colors) == 1
+        assert set(re.findall(rf'class="key (c\d)"></span>{re.escape(name)} ', text)) <= colors

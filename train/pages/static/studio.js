@@ -121,6 +121,7 @@ const say = (form, found) => {
   const field = found.field && form.elements[found.field];
   if (field instanceof HTMLElement) {
     field.setAttribute('aria-invalid', 'true');
+    for (let box = field.closest('details'); box; box = box.parentElement.closest('details')) box.open = true;
     (field.closest('label') || field).after(note);
     field.focus();
   } else form.append(note);
