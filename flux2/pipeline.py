@@ -170,7 +170,7 @@ class Pipeline:
         in some blocks or at some times, such as `double.0-3=0.5,time.0.5-1=0` (flux2/adapters/strengths.py). Raise
         TypeError or ValueError for a scale, ranges or an adapter that cannot be used; the pipeline is unchanged then.
         """
-        scale = checks.number("scale", scale, checks.MAX_SCALE)
+        scale = checks.number("scale", scale)
         parse_ranges(ranges, self.variant.transformer)
         name = f"adapter_{self.adapter_count}"
         self._loaded[name] = adapters.load(self.transformer, path, name=name, scale=scale, ranges=ranges)
@@ -180,7 +180,7 @@ class Pipeline:
     def set_adapter_scale(self, name: str, scale: float) -> None:
         """Change the scale of the loaded adapter `name`; its ranges stay. Raise ValueError if it is not loaded."""
         self._check_loaded(name)
-        check_scale(self._loaded[name].kind, scale := checks.number("scale", scale, checks.MAX_SCALE))
+        check_scale(self._loaded[name].kind, scale := checks.number("scale", scale))
         adapters.set_scale(self.transformer, name, scale)
         self._loaded[name] = replace(self._loaded[name], scale=scale)
 

@@ -59,6 +59,7 @@ def studio_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     opened = tmp_path / "opened"
     opened.mkdir()
     monkeypatch.chdir(opened)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
     def make(token: str | None = None, known=is_known) -> Page:
         workspace = Workspace([opened], opened / "outputs")

@@ -14,29 +14,13 @@ if __name__ == "__main__":  # a script's own folder comes first in sys.path, and
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import os
 import platform
 import re
-import secrets
 from collections.abc import Sequence
 
 from data.files import user_path
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-def token_of(file: Path) -> str:
-    """Return the token in `file`, which only its owner reads; it is made if there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-            new.write(secrets.token_urlsafe(32) + "\n")
-    except FileExistsError:
-        os.chmod(file, 0o600)
-    token = file.read_text().strip()
-    if len(token) < 16:
-        raise ValueError(f"{file} holds no token. Delete it, and the next start makes a new one")
-    return token
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -50,7 +34,7 @@ def serve(options: argparse.Namespace) -> None:
         from train.pages.base import Studio
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[studio]'") from error
-    from train.pages.queue import Queue
+    from train.pages.queue import Queue, secret_of
     from train.pages.workspace import Workspace
 
     folders = [Path.cwd(), *options.folders]
@@ -59,7 +43,7 @@ def serve(options: argparse.Namespace) -> None:
     workspace = Workspace([folder.resolve() for folder in folders])
     is_local = options.host in LOCAL
     place = workspace.outputs / "studio"
-    token = None if is_local else token_of(place / "token")
+    token = None if is_local else secret_of(place / "token")
     with bind_socket("127.0.0.1" if options.host == "localhost" else options.host, options.port) as listening:
         port = listening.getsockname()[1]
         hosts = frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")) if is_local else None

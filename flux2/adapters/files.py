@@ -7,6 +7,7 @@ LoHa, LoKr and OFT are PEFT's only.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -290,7 +291,10 @@ def merge(model: nn.Module) -> None:
     for name, module in layers.items():
         if is_certainly_finite(module):
             continue
-        if not bool(torch.isfinite(merged_weight(module).to(module.get_base_layer().weight.dtype)).all()):
+        # processors differ in whether a scale is applied before or after the product, and in what NaN does as one
+        scales = [getattr(module, "scaling", {}).get(adapter, 1.0) for adapter in module.active_adapters]
+        merged = merged_weight(module).to(module.get_base_layer().weight.dtype)
+        if not all(map(math.isfinite, scales)) or not bool(torch.isfinite(merged).all()):
             raise AdapterError(
                 f"cannot merge into {name}: its weight would get NaN or infinite values, because the base has them or "
                 "the adapters overflow. Use a smaller scale, or another adapter"

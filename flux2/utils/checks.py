@@ -6,7 +6,6 @@ from numbers import Integral, Real
 
 MAX_STEPS = 10_000
 MAX_GUIDANCE = 1000.0
-MAX_SCALE = 100.0  # of an adapter, of either sign; far beyond what gives an image
 MAX_PIXELS = 8192**2  # sixteen times the largest size that the models were published for
 MAX_LENGTH = 100_000
 MAX_REFERENCES = 10  # the published limit

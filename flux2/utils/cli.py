@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from flux2.utils.checks import MAX_SCALE
 from flux2.utils.text import printable
 
 # in the messages of errors of PyTorch and CUDA that have no type of their own
@@ -17,7 +16,7 @@ def split_adapter(option: str) -> tuple[str, float, str]:
     """Split `PATH[:SCALE[,RANGES]]` or `PATH:RANGES` into path, scale and ranges; a colon can belong to the path.
 
     Ranges (flux2/adapters/strengths.py) are recognized by their form and not checked. Raise ValueError for a scale that
-    is not finite or too large, or is left out before a comma.
+    is not finite, or is left out before a comma.
     """
     path, colon, strength = option.rpartition(":")
     if not colon or Path(option).exists():
@@ -31,8 +30,8 @@ def split_adapter(option: str) -> tuple[str, float, str]:
         value = float(scale)
     except ValueError:
         return option, 1.0, ""
-    if not math.isfinite(value) or abs(value) > MAX_SCALE:
-        raise ValueError(f"--adapter {option}: the scale {scale} must be a number from {-MAX_SCALE:g} to {MAX_SCALE:g}")
+    if not math.isfinite(value):
+        raise ValueError(f"--adapter {option}: the scale {scale} must be a finite number")
     return path, value, ranges
 
 

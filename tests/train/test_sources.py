@@ -228,7 +228,7 @@ def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_bad_samples_are_one_message_with_a_line_for_each(tmp_path: Path, run_command: Callable) -> None:
     write(tmp_path / "data", TARGETS | {f"bad{number}.png": b"" for number in range(7)})
     given = ["dataset=folder", f"dataset.path={tmp_path}/data", "dataset.prompt=x", f"output_dir={tmp_path}/run"]
-    code, out, err = run_command(*given, "dataset.max_bad=6", f"cache_dir={tmp_path}/cache")
+    code, out, err = run_command(*given, "model=tiny", "dataset.max_bad=6", f"cache_dir={tmp_path}/cache")
     assert code == 2
     said = [line for line in err.splitlines() if line.strip()]
     assert holds(said[0], f"error: ... 7 of 10 samples ... {tmp_path}/data")

@@ -29,6 +29,7 @@ STATIC = {
     **{name: html.TEMPLATES / name for name in ("charts.js", "slider.js")},
 }
 COOKIE = "flux2_studio"
+MOST_BODY = 4 << 20  # bytes of a form
 POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -57,6 +58,9 @@ def refusal(request: Request, known: Studio) -> tuple[int, str] | None:
         return 403, "the request does not come from a page of the studio"
     if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
         return 403, "the request comes from another site"
+    length = headers.get("content-length", "")
+    if request.method not in ("GET", "HEAD") and not (length.isdecimal() and int(length) <= MOST_BODY):
+        return 413, f"a form has at most {MOST_BODY:,} bytes, and says how many"
     given = request.cookies.get(COOKIE, "")
     if known.token is not None and not hmac.compare_digest(given.encode(), known.token.encode()):
         return 401, "the token is missing"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import jinja2
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict
@@ -39,7 +43,7 @@ class Studio:
 class Form(BaseModel):
     """Base of the JSON that a page sends; unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def studio(request: Request) -> Studio:
@@ -48,17 +52,28 @@ def studio(request: Request) -> Studio:
     return found
 
 
+@cache
+def environment() -> jinja2.Environment:
+    """Return the templates' environment, whose `urlencode` takes names that are not UTF-8."""
+    found = html.environment(TEMPLATES)
+    found.filters["urlencode"] = lambda value: quote(os.fsencode(str(value)))
+    return found
+
+
 def page(request: Request, template: str, **values: Any) -> HTMLResponse:
     """Return the page or fragment that a template makes of `values`."""
-    made = html.environment(TEMPLATES).get_template(template)
-    text = made.render(pages=PAGES, path=request.url.path, jobs=studio(request).queue.jobs(), **values)
+    made = environment().get_template(template)
+    queue = studio(request).queue
+    values = {"pages": PAGES, "path": request.url.path, "jobs": queue.jobs(), "queue_problem": queue.problem, **values}
+    text = made.render(values)
     return HTMLResponse(text.encode(errors="replace"))
 
 
 def error_response(request: Request, status: int, text: str, field: str = "") -> Response:
     """Return an error as JSON for a form, and as a page for a page."""
     text = masked_text(text)
-    if request.method != "GET" or request.headers.get("accept", "").startswith("application/json"):
+    is_open = request.url.path.startswith(("/static/", "/login"))  # without a token, which a page's queue needs
+    if is_open or request.method != "GET" or request.headers.get("accept", "").startswith("application/json"):
         return JSONResponse({"error": text, "field": field}, status)
     found = page(request, "error.html", title="Error", error=text)
     found.status_code = status

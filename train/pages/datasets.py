@@ -202,10 +202,13 @@ def check_places(workspace: Workspace, group: Mapping[str, Any], base: Path | No
 
 
 def check_folders(workspace: Workspace, places: Iterable[CaptionPlace]) -> None:
-    """Raise Refused if images are in a folder outside of the opened ones, which a link may lead to."""
+    """Raise Refused if images or captions are outside of the opened folders, to where a link may lead."""
+    places = list(places)
     opened = (place.sample.target.open for place in places)
     for folder in {os.path.dirname(one.path) for one in opened if isinstance(one, FileOpener)}:
         workspace.resolve(folder or ".")
+    for file in {place.file for place in places if place.file is not None}:  # each may be a link
+        workspace.resolve(file)
 
 
 def skipping_all(group: Any) -> Any:

@@ -4,22 +4,25 @@ Each job is `NNNNNN.json` in the queue's folder, with its output in `NNNNNN.log`
 (runner.py), which writes its end into the file. So the studio can be closed, killed and started again, and two studios
 can use one folder: starting a job holds a lock, and only a file that says `waiting` is started.
 
-A file of the queue is a program that will run. So its folder is this user's alone and of this machine alone, and only
-the commands that the studio itself starts are started from it (`is_known`), also where a folder of runs with a queue in
-it comes from someone else.
+A file of the queue is a program that will run, and a folder of runs with a queue in it may come from someone else. So a
+job has a seal, made with a secret that this user has on this machine, and none without it is started; what is sealed is
+one of the commands that the studio starts (`is_known`).
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,9 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
+from data.files import user_path
 from flux2.utils.json_files import read_json
+from train.pages.settings import SettingError, check_word
 from train.utils.checks import is_count
 from train.utils.files import write_whole
 from train.utils.redact import masked_command, masked_text
@@ -42,6 +47,8 @@ MOST_BYTES = 1 << 20  # of a job's file
 TAIL = 20_000  # bytes of a log that are shown
 POLL_SECONDS = 1.0
 RECENT_SECONDS = 300.0
+MOST_JOBS = 999_999
+FILE_NAME, NUMBERED = "{:06d}.json", re.compile(r"[0-9]{6}\.json")
 
 
 def typed(command: Sequence[str]) -> str:
@@ -65,6 +72,7 @@ class QueuedJob:
     pid: int = 0  # of the runner
     born: float = 0.0  # its creation time: another process may have its pid later
     code: int | None = None
+    seal: str = ""  # of number and command
 
     @property
     def shown(self) -> str:
@@ -92,15 +100,17 @@ def job_of(values: Any) -> QueuedJob | None:
     words = values["command"]
     if not words or not all(isinstance(word, str) for word in words) or values["state"] not in STATES:
         return None
-    return QueuedJob(**values) if is_count(values["number"], 1) else None
+    is_whole = is_count(values["number"], 1) and values["number"] <= MOST_JOBS and values["seal"].isascii()
+    return QueuedJob(**values) if is_whole and values["pid"] >= 0 else None
 
 
 def read_job(file: Path) -> QueuedJob | None:
     """Return the job in a file; None if it disappeared or is none."""
     try:
-        return job_of(read_json(file, MOST_BYTES))
+        found = job_of(read_json(file, MOST_BYTES))
     except (OSError, ValueError):
         return None
+    return found if found is not None and file.name == FILE_NAME.format(found.number) else None
 
 
 def write_job(file: Path, job: QueuedJob) -> None:
@@ -112,7 +122,7 @@ def is_alive(job: QueuedJob) -> bool:
     try:
         process = psutil.Process(job.pid)
         return abs(process.create_time() - job.born) < 2 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except (psutil.Error, OverflowError):  # no process can have this number
         return False
 
 
@@ -125,8 +135,31 @@ def is_known(command: Sequence[str]) -> bool:
         words = words[4:]
     elif words[0] == "-m":
         return words[1] in MODULES
-    is_ours = Path(words[0]).resolve() in SCRIPTS
-    return is_ours and not any(re.search(r"_target_|^[+~]*hydra|^-|\$\{", word) for word in words[1:])
+    if any("\0" in word for word in words) or Path(words[0]).resolve() not in SCRIPTS:
+        return False
+    try:
+        for word in words[1:]:
+            check_word(word)
+    except SettingError:
+        return False
+    return True
+
+
+def secret_of(file: Path) -> str:
+    """Return the secret in `file`, which only its owner reads; it is made if there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileExistsError), os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+        new.write(secrets.token_urlsafe(32) + "\n")
+    os.chmod(file, 0o600)
+    secret = file.read_text().strip()
+    if len(secret) < 16:
+        raise ValueError(f"{file} holds no secret. Delete it, and the next start makes a new one")
+    return secret
+
+
+def own_secret() -> Path:
+    """Return the file of the secret that seals jobs: in the home folder, where no folder of runs is unpacked."""
+    return user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "flux2-lora" / "studio-secret"
 
 
 class Queue:
@@ -138,11 +171,16 @@ class Queue:
 
     def __init__(self, folder: Path, known: Callable[[Sequence[str]], bool] = is_known) -> None:
         self.folder, self.known = folder, known
+        self.problem = ""  # why nothing can be started now
+        self._secret = secret_of(own_secret()).encode()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def seal(self, number: int, command: Sequence[str]) -> str:
+        return hmac.new(self._secret, json.dumps([number, *command]).encode(), "sha256").hexdigest()
+
     def file(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.json"
+        return self.folder / FILE_NAME.format(number)
 
     def log(self, number: int) -> Path:
         return self.folder / f"{number:06d}.log"
@@ -158,7 +196,7 @@ class Queue:
     def jobs(self) -> list[QueuedJob]:
         """Return all jobs, the newest first. What was running and ended without a word is lost."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
-        files = [self.folder / name for name in sorted(names, reverse=True) if re.fullmatch(r"\d{6}\.json", name)]
+        files = [self.folder / name for name in sorted(names, reverse=True) if NUMBERED.fullmatch(name)]
         found = [job for file in files if (job := read_job(file)) is not None]
         return [replace(job, state=LOST) if job.state == RUNNING and not is_alive(job) else job for job in found]
 
@@ -174,10 +212,10 @@ class Queue:
         if not self.known(command):
             raise ValueError(f"{masked_command(command)} is no command that the studio starts")
         with self.lock:
-            number = 1 + max((int(file.stem) for file in self.folder.glob("[0-9]*.json")), default=0)
-            job = QueuedJob(
-                number, title, list(command), device, "" if folder is None else str(folder), created=time.time()
-            )
+            numbers = [int(file.stem) for file in self.folder.iterdir() if NUMBERED.fullmatch(file.name)]
+            number, writes = 1 + max(numbers, default=0), "" if folder is None else str(folder)
+            sealed = self.seal(number, command)
+            job = QueuedJob(number, title, list(command), device, writes, created=time.time(), seal=sealed)
             write_job(self.file(number), job)
         self.start_next()
         return job
@@ -188,7 +226,8 @@ class Queue:
             jobs = self.jobs()
             busy = {job.device for job in jobs if job.state == RUNNING}
             for job in reversed(jobs):
-                if job.state == WAITING and not self.known(job.command):
+                own = hmac.compare_digest(job.seal, self.seal(job.number, job.command))
+                if job.state == WAITING and not (own and self.known(job.command)):
                     self.log(job.number).write_text("error: this is no command that the studio starts\n")
                     write_job(self.file(job.number), replace(job, state=FAILED, ended=time.time()))
                 elif job.state == WAITING and job.device not in busy:
@@ -235,8 +274,12 @@ class Queue:
 
         def serve() -> None:
             while not self._stopped.wait(POLL_SECONDS):
-                if self.folder.is_dir():
-                    self.start_next()
+                try:
+                    if self.folder.is_dir():
+                        self.start_next()
+                    self.problem = ""
+                except Exception as error:  # of the file system, or another's lock: it may be gone in a second
+                    self.problem = f"the queue waits: {error}"
 
         self._thread = threading.Thread(target=serve, daemon=True)
         self._thread.start()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Generic, TypeVar
@@ -42,6 +42,8 @@ SLOW = 1.0  # seconds of reading a run folder
 
 T = TypeVar("T")
 Version = tuple[int, int] | None
+
+quoted_query = partial(urlencode, errors="surrogateescape")  # of names that are not UTF-8
 
 
 def version(file: Path) -> Version:
@@ -330,7 +332,10 @@ def linked_grid(folder: Path, step: int, file: Path) -> Sequence[tuple[str, Link
     changed = version(file)
     common = {"folder": str(folder), "step": step, "version": 0 if changed is None else changed[0]}
     return [
-        (prompt, LinkedImage(f"/runs/cell?{urlencode({**common, 'place': i})}", x1 - x0, y1 - y0))
+        (
+            prompt,
+            LinkedImage(f"/runs/cell?{urlencode({**common, 'place': i}, errors='surrogateescape')}", x1 - x0, y1 - y0),
+        )
         for i, (prompt, (x0, y0, x1, y1)) in enumerate(boxes)
     ]
 
@@ -353,7 +358,7 @@ def linked_file(file: Path) -> LinkedImage | None:
     """Return an image file as the page /image sends it; None if it cannot be read."""
     try:
         with open_image(file) as image:
-            return LinkedImage(f"/image?{urlencode({'path': str(file)})}", *image.size)
+            return LinkedImage(f"/image?{quoted_query({'path': str(file)})}", *image.size)
     except (OSError, ValueError, SyntaxError):
         return None
 

@@ -25,6 +25,7 @@ from train.pages.queue import LAUNCHER, Queue, QueuedJob
 from train.pages.queue import RUNNING as JOB_RUNNING
 from train.pages.run_files import FINISHED, RUNNING
 from train.pages.settings import command as train_command
+from train.pages.settings import compose
 from train.pages.workspace import Refused
 from train.reports.run_pictures import training_cells
 from train.reports.run_report import REPORT, loss_charts
@@ -34,6 +35,7 @@ from train.utils.redact import masked_command
 from train.validation.sample_grid import sample_grids
 
 router = APIRouter()
+MOST_RUNS = 200  # of the table, the newest
 SAMPLE_FILE = "sample"  # training looks for it after each step
 # a report may come from someone else: it gets no origin, so that its scripts reach nothing of the studio
 REPORT_POLICY = (
@@ -56,8 +58,9 @@ def index(request: Request) -> Response:
 
 @router.get("/runs/live")
 def table(request: Request) -> Response:
-    lines = [line for run in studio(request).workspace.runs() if (line := run_files.run_line(run)) is not None]
-    return page(request, "runs_table.html", runs=lines)
+    found = studio(request).workspace.runs()
+    lines = [line for run in found[:MOST_RUNS] if (line := run_files.run_line(run)) is not None]
+    return page(request, "runs_table.html", runs=lines, left_out=len(found[MOST_RUNS:]))
 
 
 @router.get("/runs/one")
@@ -244,6 +247,7 @@ def resume_command(known: Studio, run: Path, steps: int | None) -> list[str]:
         raise ValueError(f"the command that started it was not kept. {by_hand}")
     try:
         processes, settings = words_from_record(command, read_text(run / CONFIG_FILE, MOST_YAML))
+        compose(settings)  # checks them: the folder may come from someone else
     except ValueError as error:
         raise ValueError(f"the command that it kept is not started from here: {error}. {by_hand}") from error
     if steps is not None:

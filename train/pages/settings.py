@@ -1,7 +1,7 @@
 """The settings of a run as a form: their names, values, choices and comments, read from conf/.
 
-What a form sends becomes the overrides of a command line. Only settings that conf/ has are taken, no `_target_`, and no
-interpolation, which could read the environment.
+What a form sends becomes the overrides of a command line. Only settings that conf/ has are taken, only choices and
+objects that it names, and no interpolation, which could read the environment (`check_word`, `check_composed`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.cli.errors import format_error, in_quotes
 from train.cli.start import prepare_hydra
+from train.config.instantiate import check_own_targets
 from train.config.paths import CONFIG
+from train.config.run_config import GROUPS
 from train.utils.files import short_path
 
 LINE = re.compile(r"(?P<indent> *)(?P<key>[\w-]+):(?P<value>.*?)(?:\s+#\s?(?P<comment>.*))?$")
 NAME = re.compile(r"[a-z][\w.]*")
+KEY = re.compile(r"[a-z]\w*([./][a-z]\w*)*")  # of a setting or a group: no part is `_target_`
+INTERPOLATION = re.compile(r"\$\\*\{")  # Hydra reads `$\{` as `${`
+FOREIGN = "hydra", "config", "defaults"  # keys that read files or code of one's own
+MOST_CHARACTERS = 20_000  # of a word
 PLACES = re.compile(r"(^|[._])(path|folder|dir|init|resume|references|mask)$")  # settings that may name a file
 COMPOSING = threading.Lock()  # Hydra keeps what it composes from in one place of the process
 
@@ -101,14 +107,71 @@ def about(group: str, choice: str) -> str:
     return "\n".join(line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line)
 
 
+def check_word(word: str) -> None:
+    """Raise SettingError for a word of a command that names anything but settings and choices of conf/.
+
+    A choice such as `tracker=../../x` would be a file of someone else, and files and values may name code to call.
+    """
+    name = word.lstrip("+~").partition("=")[0]
+    if "\0" in word or len(word) > MOST_CHARACTERS:
+        raise SettingError(f"{name} has a null character, or more than {MOST_CHARACTERS:,} characters", name)
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        value = parsed.value()
+    except (HydraException, ValueError) as error:
+        raise SettingError(format_error(error, [word]), name) from error
+    key, package = parsed.key_or_group, parsed.package or ""
+    known = KEY.fullmatch(key) and (not package or KEY.fullmatch(package)) and re.split("[./]", key)[0] not in FOREIGN
+    if not known or parsed.is_delete() or parsed.is_sweep_override():
+        raise SettingError(f"{word!r} is no setting with one value", name)
+    if INTERPOLATION.search(word):
+        raise SettingError(f"{word!r}: interpolations such as ${{oc.env:HOME}} work in a shell only", name)
+    check_value(name, value)
+    if (CONFIG / key).is_dir() and value not in choices(key):
+        raise SettingError(f"{word} is not one of {', '.join(choices(key))}", name)
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise SettingError for a value with an interpolation, or with a key that names code, such as `_target_`."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if str(key).startswith("_"):
+                raise SettingError(f"{name}: {key} is no setting", name)
+            check_value(name, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_value(name, item)
+    elif isinstance(value, str) and "${" in value:
+        raise SettingError(f"{name}={value!r}: interpolations such as ${{oc.env:HOME}} work in a shell only", name)
+
+
+def check_composed(config: DictConfig) -> None:
+    """Raise SettingError if a configuration would make anything but what conf/ names."""
+    composed = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    assert isinstance(composed, dict)
+    for group in GROUPS:
+        value = composed.get(group)
+        if not isinstance(value, Mapping):
+            raise SettingError(f"{group}={value!r} must be a group of settings; see conf/train.yaml", group)
+        if "_target_" in value:
+            check_own_targets(group, value)
+        else:
+            check_value(group, value)
+
+
 def compose(overrides: Sequence[str], *, hydra_too: bool = False) -> DictConfig:
     """Return the composed configuration. Raises SettingError for overrides that cannot be used."""
+    for word in overrides:
+        check_word(word)
     with COMPOSING:
         GlobalHydra.instance().clear()
         prepare_hydra()
         try:
             with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
-                return hydra.compose("train", list(overrides), return_hydra_config=hydra_too)
+                found = hydra.compose("train", list(overrides), return_hydra_config=hydra_too)
+            if not hydra_too:
+                check_composed(found)
+            return found
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise error_of(error, overrides) from error
         finally:
@@ -173,12 +236,14 @@ def override(name: str, value: str) -> str:
         raise SettingError(f"{name!r} is no setting", name)
     if "${" in value:
         raise SettingError(f"{name}={value!r}: interpolations such as ${{oc.env:HOME}} work in a shell only", name)
+    word = f"{name}={in_quotes(value, chr(34))}"
     try:
         if not OverridesParser.create().parse_override(f"{name}={value}").is_sweep_override():
-            return f"{name}={value}"
+            word = f"{name}={value}"
     except HydraException:
         pass
-    return f"{name}={in_quotes(value, chr(34))}"
+    check_word(word)
+    return word
 
 
 def command(overrides: Sequence[str], program: str = "run") -> list[str]:

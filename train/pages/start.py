@@ -7,6 +7,7 @@ import time
 from itertools import chain
 
 from fastapi import APIRouter, Request, Response
+from omegaconf import OmegaConf
 from pydantic import Field
 
 from train import plan as planning
@@ -68,6 +69,9 @@ def overrides_of(known: Studio, chosen: StartForm) -> list[str]:
         if forms.PLACES.search(name):
             known.workspace.check(value)
         found.append(forms.override(name, value.strip()))
+    composed = forms.flatten(OmegaConf.to_container(forms.compose(choices + found), resolve=True))
+    for name in filter(forms.PLACES.search, chosen.values):
+        known.workspace.check(composed.get(name, ""))  # as it is read in the end
     return choices + found
 
 

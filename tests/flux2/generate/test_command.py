@@ -134,13 +134,11 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("a/b:1e9", "--adapter a/b:1e9: the scale 1e9 must be a number from -100 to 100"),
-        ("a/b:nan", "--adapter a/b:nan: the scale nan must be a number"),
-        ("a/b:-101,single=0", "the scale -101 must be a number"),
+        ("a/b:nan", "--adapter a/b:nan: the scale nan must be a finite number"),
         ("a/b:,double=0.5", "there is no scale before the comma. Write a/b:double=0.5"),
     ],
 )
-def test_a_scale_that_is_too_large_or_left_out_is_named(option: str, said: str) -> None:
+def test_a_scale_that_is_not_finite_or_left_out_is_named(option: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         split_adapter(option)
 

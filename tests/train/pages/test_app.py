@@ -94,3 +94,30 @@ def test_names_are_shown_as_text(studio_page, tmp_path):
     assert "&lt;b&gt;job" in page.get("/jobs").text
     assert "&lt;b&gt;job" in page.get("/jobs/live").text
     assert "&lt;i&gt;" in page.get("/image", params={"path": "<i>"}).text
+
+
+def test_a_form_has_a_length_within_bounds(studio_page):
+    page = studio_page()
+    headers = {"Origin": f"http://{HOST}", "Content-Type": "application/json"}
+    assert page.post("/jobs/stop", content=b" " * (5 << 20), headers=headers).status_code == 413
+    assert page.post("/jobs/stop", content=iter([b"{}"]), headers=headers).status_code == 413
+
+
+def test_without_a_token_no_error_shows_what_runs(studio_page):
+    page = studio_page(TOKEN, known=lambda command: True)
+    page.known.queue.add("secret prompt", ["true"])
+    assert page.get("/static/nothing").status_code == 404
+    for path in ("/static/nothing", "/login", "/nothing"):
+        assert "secret prompt" not in page.get(path).text
+
+
+def test_names_that_are_not_utf_8_do_not_break_a_page(studio_page, tmp_path):
+    page = studio_page()
+    folder = tmp_path / "opened" / "n\udcff"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    run = tmp_path / "opened" / "outputs" / "r\udcff"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("steps: 1\n")
+    for path in ("/pictures", "/runs/live", "/compare", "/try", "/export", "/jobs"):
+        assert page.get(path).status_code == 200, path

@@ -95,14 +95,14 @@ def test_what_looks_like_a_secret_is_not_masked_where_it_would_be_saved(studio, 
         ({"path": "cats", "settings": "dataset.recurive=true"}, 400, "did you mean dataset.recursive?"),
         ({"path": "cats", "settings": "steps=3"}, 400, "is no setting of dataset or buckets"),
         ({"path": "cats", "settings": "dataset._target_=os.system"}, 400, "is no setting"),
-        ({"path": "cats", "settings": "'dataset.captions={_target_: os.getcwd}'"}, 400, "is not one of conf/dataset"),
+        ({"path": "cats", "settings": "'dataset.captions={_target_: os.getcwd}'"}, 400, "_target_ is no setting"),
         ({"path": "cats", "settings": "dataset.prompt=${oc.env:HOME}"}, 400, "work in a shell only"),
         ({"path": "cats", "settings": "dataset.mask=../../secret"}, 400, "is outside of the opened folders"),
         ({"path": "cats", "settings": "'"}, 400, "cannot be read"),
         ({"path": "cats", "resolution": "17"}, 400, "resolution=17"),
         ({"path": "cats", "resolution": "x"}, 400, "must be a side in pixels"),
         ({"path": "owner/name", "dataset": "huggingface"}, 400, "is not on this machine"),
-        ({"path": "cats\0"}, 400, "is no path"),
+        ({"path": "cats\0"}, 400, "null character"),
         ({"path": "cats", "page": "0"}, 422, "page: "),
     ],
 )
@@ -200,3 +200,12 @@ def test_an_image_that_cannot_be_shown_is_one_message(studio, cats):
     shutil.rmtree(cats)
     assert told("cats/a.png") == "cats/a.png does not exist"
     assert html.unescape(page.get("/pictures", params={"path": "cats"}).text).count("does not exist") == 1
+
+
+def test_a_caption_that_a_link_leads_to_outside_is_not_shown(studio, cats, tmp_path):
+    (tmp_path / "secret").write_text("the secret")
+    (cats / "a.txt").unlink()
+    (cats / "a.txt").symlink_to(tmp_path / "secret")
+    answer = studio().get("/pictures", params={"path": "cats"})
+    assert "the secret" not in answer.text
+    assert "outside of the opened folders" in answer.text

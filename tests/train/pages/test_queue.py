@@ -14,6 +14,11 @@ from train.pages import queue as queues
 from train.pages.queue import Queue, read_job, write_job
 
 
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
 @pytest.fixture
 def queue(tmp_path):
     return Queue(tmp_path / "queue", known=lambda command: True)
@@ -137,7 +142,7 @@ def test_only_commands_of_the_studio_are_started_also_from_files_of_others(tmp_p
         with pytest.raises(ValueError, match="no command that the studio starts"):
             queue.add("job", command)
         queue.folder.mkdir(exist_ok=True, mode=0o700)
-        write_job(queue.file(1), queues.QueuedJob(1, "job", command))
+        write_job(queue.file(1), queues.QueuedJob(1, "job", command, seal=queue.seal(1, command)))
         queue.start_next()
         assert queue.job(1).state == "failed"
     assert started == ([command] if known else [])
@@ -156,3 +161,54 @@ def test_the_end_of_a_job_is_shown_for_a_while(tmp_path):
     for state, ended, shown in (("running", 0.0, True), ("failed", now - 9, True), ("done", now - 900, False)):
         job = queues.QueuedJob(1, "job", ["true"], state=state, started=now - 1000, ended=ended)
         assert job.is_recent == shown
+
+
+def test_a_job_of_someone_else_is_not_started(tmp_path, monkeypatch):
+    queue, started = Queue(tmp_path / "queue"), []
+    monkeypatch.setattr(Queue, "_start", lambda self, job: started.append(job.number))
+    queue.folder.mkdir(mode=0o700)
+    command = [PYTHON, "-m", "flux2.export", "a", "--format", "comfyui", "--out", str(tmp_path / "victim")]
+    for number, seal in ((1, ""), (2, "0" * 64), (3, queue.seal(9, command)), (4, queue.seal(4, [*command, "x"]))):
+        write_job(queue.file(number), queues.QueuedJob(number, "job", command, seal=seal))
+    write_job(queue.file(5), queues.QueuedJob(5, "job", command, seal=queue.seal(5, command)))
+    queue.start_next()
+    assert started == [5]
+    assert [queue.job(number).state for number in (1, 2, 3, 4)] == ["failed"] * 4
+    assert "no command that the studio starts" in queue.tail(1)
+    assert queues.own_secret().stat().st_mode & 0o777 == 0o600
+
+
+def test_files_that_are_no_jobs_do_not_stop_the_queue(queue):
+    job = queue.add("job", ["true"])
+    values = json.loads(queue.file(job.number).read_text())
+    for name in ("1x.json", "000001.sync-conflict.json", "a.json"):
+        (queue.folder / name).write_text("{}")
+    for number, change in ((5, {"pid": -5}), (6, {"number": 10**9}), (7, {"number": 8}), (9, {"pid": 10**30})):
+        state = {"number": number, "state": "running", **change}
+        queue.file(number).write_text(json.dumps({**values, **state}))
+    assert {one.number for one in queue.jobs()} <= {job.number, 9}
+    assert queue.add("next", ["true"]).number == 10
+
+
+def test_the_queue_goes_on_after_an_error(queue, monkeypatch):
+    queue.folder.mkdir(mode=0o700)
+    monkeypatch.setattr(queues, "POLL_SECONDS", 0.05)
+    original, fails = Queue.start_next, [True]
+
+    def start_next(self):
+        if fails:
+            raise OSError("no space")
+        original(self)
+
+    monkeypatch.setattr(Queue, "start_next", start_next)
+    queue.run()
+    until = time.monotonic() + 20
+    while not queue.problem:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert queue.problem == "the queue waits: no space"
+    fails.clear()
+    while queue.problem:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    queue.close()
