@@ -164,7 +164,7 @@ def test_nothing_that_a_form_names_is_called(page, tmp_path):
             groups={"dataset": "folder"},
             values={"dataset.path": ".", "dataset.prompt": "x", name: value},
         )
-        assert answer["status"] == 400
+        assert answer["status"] in (400, 403)
     assert not called.exists()
 
 
