@@ -23,6 +23,7 @@ RUN pip install -c /src/versions.txt '/src[optimizers,studio,tensorboard]'
 
 # everything that is written is in the volume: outputs/ in the current folder, and what is downloaded
 ENV HF_HOME=/work/.cache/huggingface FLUX2_CACHE=/work/.cache/flux2 TRITON_CACHE_DIR=/work/.cache/triton
+ENV XDG_STATE_HOME=/work/.state
 RUN useradd --create-home --uid 10001 flux2 && mkdir /work && chown flux2 /work
 USER flux2
 WORKDIR /work

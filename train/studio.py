@@ -2,7 +2,7 @@
 
 It reads and writes in the current folder and in each FOLDER, starts the commands that a shell starts, and shows each
 of them. At 127.0.0.1 it needs no token. With --host, which other machines reach, a browser needs the token that is
-written to outputs/studio/token, and keeps it in a cookie (docs/studio.md).
+in the file that is named at the start, and keeps it in a cookie (docs/studio.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def serve(options: argparse.Namespace) -> None:
         from train.pages.base import Studio
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[studio]'") from error
-    from train.pages.queue import Queue, secret_of
+    from train.pages.queue import Queue, own_secret, secret_of
     from train.pages.workspace import Workspace
 
     folders = [Path.cwd(), *options.folders]
@@ -43,16 +43,15 @@ def serve(options: argparse.Namespace) -> None:
     workspace = Workspace([folder.resolve() for folder in folders])
     is_local = options.host in LOCAL
     place = workspace.outputs / "studio"
-    token = None if is_local else secret_of(place / "token")
+    file = own_secret("studio-token")
+    token = None if is_local else secret_of(file)
     with bind_socket("127.0.0.1" if options.host == "localhost" else options.host, options.port) as listening:
         port = listening.getsockname()[1]
         hosts = frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")) if is_local else None
         queue = Queue(place / "queue" / re.sub(r"[^\w.-]", "_", platform.node() or "machine"))
         app = application(Studio(workspace, queue, hosts, token))
         name = f"[{options.host}]" if ":" in options.host else options.host
-        print(
-            f"studio at http://{name}:{port}" + (f", with the token in {place / 'token'}" if token else ""), flush=True
-        )
+        print(f"studio at http://{name}:{port}" + (f", with the token in {file}" if token else ""), flush=True)
         queue.run()
         try:
             uvicorn.Server(server_config(app)).run(sockets=[listening])

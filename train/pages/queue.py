@@ -157,9 +157,9 @@ def secret_of(file: Path) -> str:
     return secret
 
 
-def own_secret() -> Path:
-    """Return the file of the secret that seals jobs: in the home folder, where no folder of runs is unpacked."""
-    return user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "flux2-lora" / "studio-secret"
+def own_secret(name: str = "studio-secret") -> Path:
+    """Return the file of a secret, by default of the one that seals jobs: in the home folder, not in one of runs."""
+    return user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "flux2-lora" / name
 
 
 class Queue:
