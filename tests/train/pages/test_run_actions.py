@@ -16,9 +16,10 @@ pytest_plugins = ("studio_helpers",)
 
 RUN = str(ROOT / "train/run.py")
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from train.utils.lock import Lock
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 lock = Lock(Path(sys.argv[1]))
 print("locked", flush=True)
 try:
