@@ -185,6 +185,8 @@ def parse(state: Mapping[str, Tensor], model: nn.Module) -> list[FileLayer]:
     if len(names := {match["adapter"] for match in matches.values() if not match["side"].endswith("alpha")}) > 1:
         given = ["one without a name" if name is None else name for name in names]
         raise AdapterError(f"it holds several adapters, {listed(given)}. Save each to its own file")
+    if stray := [key for key, match in matches.items() if match["adapter"] not in {None, *names}]:
+        raise AdapterError(f"{stray[0]} is of another adapter than the layers of the file")
     by_layer: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, match in matches.items():

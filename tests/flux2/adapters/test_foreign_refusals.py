@@ -308,3 +308,12 @@ def test_a_folder_without_an_adapter_names_the_files_that_may_be_one(tmp_path: P
     save_file(pair(), tmp_path / "tarot.safetensors")
     with pytest.raises(AdapterError, match=r"no adapter was found.*tarot\.safetensors"):
         adapters.load(fresh(), tmp_path)
+
+
+def test_an_alpha_of_another_adapter_than_the_layers_is_refused(tmp_path: Path) -> None:
+    linear = fresh().get_submodule(LAYER)
+    state = {f"{KEY}.lora_A.weight": torch.ones(1, linear.in_features)}
+    state |= {f"{KEY}.lora_B.weight": torch.ones(linear.out_features, 1), f"{KEY}.alpha.0": torch.tensor(0.5)}
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match=r"alpha\.0 is of another adapter than the layers"):
+        adapters.load(fresh(), tmp_path / "x.safetensors")
