@@ -98,7 +98,10 @@ def installed(tmp_path_factory) -> Path:
 def outside(tmp_path, monkeypatch) -> dict[str, str]:
     """An environment of variables for commands in an empty folder that is no checkout."""
     monkeypatch.chdir(tmp_path)
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1",
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+    }
 
 
 @pytest.mark.slow

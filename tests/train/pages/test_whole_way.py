@@ -31,7 +31,11 @@ class Served:
     def start(self) -> None:
         command = [sys.executable, str(ROOT / "train" / "studio.py"), "--port", str(self.port)]
         self.process = subprocess.Popen(
-            command, cwd=self.here, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            command,
+            cwd=self.here,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(self.here / "state")},
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
