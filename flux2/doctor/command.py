@@ -20,6 +20,7 @@ from flux2.doctor.verify import compare_files
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import CAPABILITY, dotted
 from flux2.utils.files import user_path
+from flux2.utils.terminal import show
 from flux2.utils.text import gigabytes
 from flux2.weights.sources import Part, is_available, model_source
 
@@ -137,10 +138,10 @@ def verify(model: str) -> int:
     try:
         for found in compare_files(model):
             word = {True: "ok", False: "DAMAGED", None: "--"}[found.passed]
-            print(line(found.file, f"{word:<8} {found.detail}"), flush=True)
+            show(line(found.file, f"{word:<8} {found.detail}"))
             counts[found.passed] += 1
     except ValueError as error:
-        print("error:", error, file=sys.stderr)
+        show(f"error: {error}", sys.stderr)
         return 2
     print(f"{counts[True]} files are as published, {counts[False]} are damaged, of {counts[None]} no hash is known")
     return int(counts[False] > 0 or not counts[True])
@@ -150,12 +151,12 @@ def main(argv: list[str] | None = None) -> int:
     if model := arguments(argv).verify:
         return verify(model)
     for text in report():
-        print(text, flush=True)
-    print("Self-test, compared with diffusers", flush=True)
+        show(text, style="" if text.startswith(" ") else "bold")
+    show("Self-test, compared with diffusers", style="bold")
     wrong = 0
     for finding in selftest():
         word = {True: "ok", False: "WRONG", None: "--"}[finding.passed]
-        print(line(finding.what, f"{word:<5} {finding.detail}"), flush=True)
+        show(line(finding.what, f"{word:<5} {finding.detail}"))
         wrong += finding.passed is False
     print("What fits on a GPU: python train/plan.py +experiment=tarot")
     if wrong:

@@ -33,7 +33,8 @@ from flux2.utils.device import pick_device
 from flux2.utils.files import NotWritten, atomic_write
 from flux2.utils.images import check_target_file
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
-from flux2.utils.text import listed, printable
+from flux2.utils.terminal import show
+from flux2.utils.text import listed
 from flux2.weights import modelspec
 from flux2.weights.loading import BaseWeights
 from flux2.weights.safetensors_files import tensor_files
@@ -50,7 +51,7 @@ DROPPED = ("guidance_in", "double_stream_modulation", "single_stream_modulation"
 
 
 def say(text: str) -> None:
-    print(printable(text), file=sys.stderr)
+    show(text, sys.stderr)
 
 
 def output_path(options: argparse.Namespace) -> Path:
@@ -322,9 +323,9 @@ def main() -> int:
         with sigterm_as_interrupt():
             print(run(arguments()))
     except (ValueError, TypeError, OSError) as error:
-        print("error:", format_error(error), file=sys.stderr)
+        say(f"error: {format_error(error)}")
         return 2
     except KeyboardInterrupt as stop:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return exit_code(stop)
     return 0

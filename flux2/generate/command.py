@@ -30,7 +30,7 @@ from flux2.utils.device import pick_device
 from flux2.utils.files import atomic_write, check_new, user_path
 from flux2.utils.images import check_target_file, check_writable, read_image
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
-from flux2.utils.text import printable
+from flux2.utils.terminal import show
 from flux2.weights.loading import text_encoder_fingerprint
 from flux2.weights.sources import fingerprint
 
@@ -68,7 +68,9 @@ REPLACED = {
 
 
 def say(text: str) -> None:
-    print(f"{CLEAR if sys.stderr.isatty() else ''}{printable(text)}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(CLEAR, end="", file=sys.stderr)
+    show(text, sys.stderr)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from flux2.serve.arguments import arguments
 from flux2.utils import checks
 from flux2.utils.cli import format_error
 from flux2.utils.device import pick_device
+from flux2.utils.terminal import show
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
 from flux2.weights.sources import model_source
 
@@ -101,7 +102,7 @@ def main() -> int:
     try:
         run(options)
     except (ValueError, TypeError, OSError) as error:
-        print("error:", format_error(error), file=sys.stderr)
+        show(f"error: {format_error(error)}", sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the model is loaded
         print("interrupted", file=sys.stderr)

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from train.distributed.launch import is_submitted
 from train.sweeps import callback, records, slurm
 from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
-from train.utils.console import UNSAVED, PrintableRecord, is_first_process, say, warn
+from train.utils.console import UNSAVED, PrintableRecord, is_first_process, say, show_warning, warn
 from train.utils.files import short_path
 from train.utils.redact import masked_settings, masked_text, may_be_secret
 from train.utils.signals import Stopped, stopped_at_once
@@ -86,9 +87,9 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
 def report_unsaved(most: int = 8) -> None:
     """Print what the command could not save, as its last lines."""
     for text in UNSAVED[:most]:
-        print(f"error: not saved: {masked_settings(text)}", file=sys.stderr)
+        say(f"error: not saved: {masked_settings(text)}", to_errors=True)
     if len(UNSAVED) > most:
-        print(f"error: not saved: {len(UNSAVED) - most} more, in the warnings above", file=sys.stderr)
+        say(f"error: not saved: {len(UNSAVED) - most} more, in the warnings above", to_errors=True)
 
 
 def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
@@ -105,6 +106,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints shortened tracebacks itself
     failed = []
     UNSAVED.clear()
+    warnings.showwarning = show_warning
 
     def report(error: Exception, where: str = "") -> None:
         if before == "1":

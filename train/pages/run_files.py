@@ -31,6 +31,7 @@ from train.utils.checks import is_number
 from train.utils.files import read_image, reason
 from train.utils.lock import LOCK_FILE, in_use
 from train.utils.redact import masked
+from train.utils.text import duration
 from train.validation.sample_grid import grid_boxes, split_grid
 
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
@@ -184,18 +185,6 @@ def command_of(folder: Path) -> str:
         return read_text(folder / COMMANDS, MOST_COMMAND).strip()
     except ValueError:
         return ""
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text, with one or two units: `40 s`, `3 min`, `5 h 20 min`, `3 days`."""
-    minutes, hours = seconds / 60, seconds / 3600
-    if seconds < 60:
-        return f"{max(0, seconds):.0f} s"
-    if minutes < 60:
-        return f"{minutes:.0f} min"
-    if hours < 24:
-        return f"{int(hours)} h {int(minutes % 60)} min"
-    return f"{hours / 24:.3g} days" if hours < 1e6 else "years"
 
 
 def age(file: Path) -> float | None:

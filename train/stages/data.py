@@ -29,6 +29,7 @@ from train.objective.prior import ClassPictures
 from train.objective.target import Flow
 from train.stages.class_data import batch_of, class_dataset, class_loader, draw_class_images, make_loader
 from train.sweeps.reuse import SHARED
+from train.utils.console import phase
 from train.utils.network import is_offline
 from train.utils.text import many
 from train.validation.loss import FixedNoiseLoss, chosen_samples
@@ -206,6 +207,7 @@ def prepare_samples(config: RunConfig, share: tuple[int, int] = (0, 1)) -> Prepa
     return PreparedData(request.samples, cached, (source, cached_classes))
 
 
+@phase("data")
 def prepare_data(config: RunConfig) -> TrainingData:
     """Prepare the samples, or reuse those of the previous sweep job, and split them."""
     key = [config.precision.dtype, *(config.composed[name] for name in (*DATA_GROUPS, *DATA_KEYS))]

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from flux2.adapters.files import UNFINISHED_FILE, format_notes
 from flux2.quantization.precision import precision_from_name
+from flux2.utils.terminal import show_title
 from train.checkpoints.checkpoint import checkpoints, step_of
 from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
@@ -20,9 +21,10 @@ from train.publishing.hub import push_or_warn
 from train.reports import run_report
 from train.sweeps.job import is_sweep
 from train.utils.checks import is_number
-from train.utils.console import UNSAVED, say, warn_unsaved
+from train.utils.console import PHASES, UNSAVED, say, warn_unsaved
 from train.utils.redact import masked_text
 from train.utils.signals import stop_requests
+from train.utils.text import duration, many
 
 
 def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None:
@@ -72,8 +74,11 @@ def announce(config: RunConfig, adapter: Path, caption: str, references: Sequenc
     if not config.accelerator.is_main_process:
         return
     found = recommend_or_warn(adapter.parent)
+    show_title(f"{config.settings.name}: {many(config.settings.steps, 'step')}")
     if not is_sweep():  # a sweep ends with the lines of its best job
         say(*found.lines)
+    if times := [f"{name} {duration(seconds)}" for name, seconds in PHASES.items() if seconds >= 1]:
+        say(f"time      {', '.join(times)}")
     if config.hub.push:
         say(push_or_warn(adapter.parent, config.hub))
         (adapter.parent / UNFINISHED_FILE).unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from train.distributed.sharding import attach_sharded, local_bytes, sharder, tot
 from train.optim.optimizers import build_optimizer
 from train.optim.stochastic_rounding import build_rounded_optimizer, to_bfloat16
 from train.sweeps.reuse import SHARED, Base
-from train.utils.console import name_process_in_errors, warn
+from train.utils.console import name_process_in_errors, phase, warn
 from train.utils.memory import explain_oom
 from train.utils.text import many
 from train.validation.sample_grid import side_by_side
@@ -74,6 +74,7 @@ class LoadedModel:
             SHARED.drop("transformer")
 
 
+@phase("model")
 def load_model(config: RunConfig, location: RunLocation) -> LoadedModel:
     """Load the transformer, apply the memory settings, attach and start the adapter, and set up offloading."""
     config.say(

@@ -22,7 +22,7 @@ from train.config.run_config import RunConfig
 from train.reports import run_report
 from train.sweeps.job import folder_of_job, is_sweep
 from train.tracking.metrics import METRICS_FILE
-from train.utils.console import say
+from train.utils.console import PHASES, say
 from train.utils.files import make_new, make_writable, write_whole
 from train.utils.lock import InUse, Lock
 from train.utils.redact import masked
@@ -37,6 +37,7 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
     The main process decides for all. Raises ValueError if the folder is in use, holds another run, or is not writable.
     """
     lock: Lock | None = None
+    PHASES.clear()
     shared: list[Any] = [None]
     if config.accelerator.is_main_process:
         try:

@@ -7,11 +7,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
 
 from tqdm import tqdm
 
+from flux2.utils.terminal import show, show_title
 from flux2.utils.text import printable
 
+PACKAGES = [Path(__file__).parents[2] / name for name in ("flux2", "data", "train")]
+PHASES: dict[str, float] = {}  # seconds of each phase of the current run, in their order
 UNSAVED: list[str] = []  # what this process could not save; the command repeats it last and ends with an error
 
 
@@ -23,12 +28,26 @@ def is_first_process() -> bool:
 def say(*texts: object, to_errors: bool = False) -> None:
     """Print each text as a line or lines, without the control characters that a name in it may have."""
     for text in texts:
-        print(printable(str(text)), file=sys.stderr if to_errors else sys.stdout, flush=True)
+        show(text, sys.stderr if to_errors else sys.stdout)
 
 
 def warn(text: str) -> None:
     """Print one line to the error stream, above a progress bar."""
-    tqdm.write(f"warning: {printable(' '.join(text.split()))}", file=sys.stderr)
+    with tqdm.external_write_mode(file=sys.stderr):
+        show(f"warning: {' '.join(text.split())}", sys.stderr)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
+    """Print a warning of Python as `warn` does; one that is not ours with its place in the code."""
+    ours = category is UserWarning and any(Path(filename).is_relative_to(package) for package in PACKAGES)
+    warn(f"{message}" if ours else f"{message} ({category.__name__} at {filename}:{lineno})")
 
 
 class PrintableRecord(logging.LogRecord):
@@ -42,6 +61,18 @@ def warn_unsaved(text: str) -> None:
     """Warn, without ending the run, about something of it that is not saved."""
     warn(text)
     UNSAVED.append(" ".join(text.split()))
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Context manager or decorator for a phase of a run: a title on a terminal, and its time for `PHASES`."""
+    if is_first_process():
+        show_title(name)
+    began = perf_counter()
+    try:
+        yield
+    finally:
+        PHASES[name] = PHASES.get(name, 0.0) + perf_counter() - began
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from flux2.utils.terminal import show_title
+from train.utils.console import PHASES
+
 SECONDS = 20.0  # between lines of `ItemProgress` in a log
 WINDOW = 50  # steps in the mean of the speed
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
@@ -33,6 +36,8 @@ class Progress:
 
     def __post_init__(self) -> None:
         self.is_bar = self.shown and self.stream.isatty()
+        if self.shown:
+            show_title("training", self.stream)
         count = {"total": self.total, "initial": self.done}
         self._bar = tqdm(**count, disable=not self.is_bar, file=self.stream, dynamic_ncols=True, bar_format=FORMAT)
         self._logged = ""
@@ -89,7 +94,9 @@ class Progress:
         return ", ".join([*parts, self._logged] if self._logged else parts)
 
     def close(self) -> None:
-        """End the bar and leave it on the terminal."""
+        """End the bar and leave it on the terminal, and record the times of the two phases."""
+        PHASES["training"] = self._worked
+        PHASES["validation, grids and checkpoints"] = self.clock() - self._began - self._worked
         if self.is_bar:
             self._bar.set_postfix_str(self.text())
         self._bar.close()

@@ -214,14 +214,6 @@ def test_a_report_gets_no_origin(page, folder):
     assert "/runs/report" in page.get("/runs/one", params={"folder": str(run)}).text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59, "59 s"), (300, "5 min"), (3600, "1 h 0 min"), (19_300, "5 h 21 min"), (86400 * 3, "3 days")],
-)
-def test_times_have_one_or_two_units(seconds, text):
-    assert run_files.duration(seconds) == text
-
-
 def test_paths_and_prompts_become_settings_that_hydra_reads_back():
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
