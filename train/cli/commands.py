@@ -110,7 +110,7 @@ def completions(words: Sequence[str]) -> list[str]:
     groups = [group for group in groups if (CONFIG / group).is_dir()]
     key, equals, _ = last.partition("=")
     group = key.removeprefix("+")
-    if equals and (CONFIG / group).is_dir():
+    if equals and group in ("experiment", *groups):
         found = [f"{key}={file.stem}" for file in sorted((CONFIG / group).glob("[!_]*.yaml"))]
     else:
         settings = [name for name, value in content.items() if name not in ("defaults", "hydra")]
@@ -134,6 +134,10 @@ def main() -> int:
     if name == "where" and words[1:] and words[1] in COMMANDS and "/" in COMMANDS[words[1]].target:
         print(COMMANDS[words[1]].script)
         return 0
+    if name in ("where", "completion"):
+        known = SHELLS if name == "completion" else [one for one in COMMANDS if "/" in COMMANDS[one].target]
+        print(f"error: flux2 {' '.join(words)}: write flux2 {name} and one of {', '.join(known)}", file=sys.stderr)
+        return 2
     if name not in COMMANDS:
         print(f"error: {name!r} is not one of {', '.join((*COMMANDS, 'where', 'completion'))}", file=sys.stderr)
         return 2

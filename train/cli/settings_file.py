@@ -41,7 +41,11 @@ def with_settings_file(words: Sequence[str]) -> list[str]:
     if not isinstance(settings, dict) or not settings or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"config={path} must hold settings, one a line: steps: 500")
     given, rest = {key_of(word) for word in words}, [word for word in words if key_of(word) != KEY]
-    own = dict(overrides(settings, path))
+    own: dict[str, str] = {}
+    for key, word in overrides(settings, path):
+        if key in own:
+            raise ValueError(f"config={path} sets {key} twice. Keep one of the lines")
+        own[key] = word
     return [*(word for key, word in own.items() if key not in given), *rest]
 
 

@@ -32,11 +32,19 @@ class Changes:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     def apply(self, workspace: Workspace) -> int:
-        """Write all, file by file, and return how many. Raises ValueError at the first file that cannot be written."""
+        """Write all and return how many. Raises ValueError, before anything is written, if a file cannot be.
+
+        Files that change between that check and their turn stop it halfway, which the error says.
+        """
         files: dict[str, list[Change]] = {}
         for change in self.changes:
             files.setdefault(str(change.place.file), []).append(change)
         done = 0
+        for changes in files.values():
+            try:
+                write(workspace, changes, only_check=True)
+            except ValueError as error:
+                raise ValueError(f"nothing is written: {error}") from error
         for changes in files.values():
             try:
                 write(workspace, changes)
@@ -70,12 +78,15 @@ def check(opened: OpenedDataset, changes: Sequence[Change]) -> None:
             raise ValueError(f"nothing is written: {place.sample.name} then {error}") from error
 
 
-def write(workspace: Workspace, changes: Sequence[Change]) -> None:
-    """Write captions of one file. Raises ValueError if that is not possible, Refused for a file that is elsewhere."""
+def write(workspace: Workspace, changes: Sequence[Change], *, only_check: bool = False) -> None:
+    """Write captions of one file, or only check that they can be.
+
+    Raises ValueError if that is not possible, Refused for a file that is elsewhere.
+    """
     file = changes[0].place.file
     workspace.resolve(str(file))
     try:
-        change_captions(changes)
+        change_captions(changes, write=not only_check)
     except OSError as error:
         raise ValueError(f"{file} cannot be written ({reason(error)})") from error
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import RedirectResponse
 from filelock import FileLock
 from PIL import Image
 from pydantic import Field
@@ -100,6 +102,14 @@ def rows_of(folder: Path) -> list[str]:
     return sorted(filter(ROW.fullmatch, names), key=lambda name: order.get(name) or int(name.split()[1]))
 
 
+def first_entries(folder: Path) -> list[Entry]:
+    """Return what is compared of a run at first: its base, what is recommended and the last, if they are several."""
+    rows, summary = rows_of(folder), run_files.summary(folder)
+    wanted = {BASE, *rows[-1:], *([] if summary.recommended is None else [row_name(summary.recommended)])}
+    found = [Entry(folder, row) for row in rows if row in wanted]
+    return found if len(found) > 1 else []
+
+
 def labels_of(entries: Sequence[Entry]) -> list[str]:
     """Return a name for each entry, which names its run if there are several."""
     if len({entry.folder for entry in entries}) == 1:
@@ -169,6 +179,9 @@ def index(request: Request, of: list[str] = Query(default=[]), run: str = "") ->
     """The chooser, and what was chosen; `run` is opened in the chooser."""
     known = studio(request)
     entries = entries_of(known, of)
+    if run and not entries and (first := first_entries(run_files.check_run(known.workspace.resolve(run)))):
+        of = [entry.text for entry in first]
+        return RedirectResponse(f"/compare?{urlencode({'of': of}, doseq=True, errors='surrogateescape')}", 303)
     folders = list(dict.fromkeys(entry.folder for entry in entries))
     opened = {*folders, *([known.workspace.resolve(run)] if run else [])}
     runs = [

@@ -100,14 +100,16 @@ def now_values(known: Studio, run: Path) -> dict[str, Any]:
 def action_values(known: Studio, run: Path) -> dict[str, Any]:
     state, config = run_files.state_of(run), run_files.configuration(run)
     command, why_not = "", ""
-    if state != RUNNING:
-        try:
-            command = masked_command(["python", *resume_command(known, run, None)[1:]])
-        except ValueError as error:
-            why_not = str(error)
     steps = config.get("steps", 0)
     least = steps + 1 if state == FINISHED else max(1, run_files.progress(run).done)
-    values = {"command": command, "why_not": why_not, "steps": steps, "least": least}
+    further = steps + max(1, steps // 2) if state == FINISHED else steps
+    if state != RUNNING:
+        try:
+            words = resume_command(known, run, None if further == steps else further)
+            command = masked_command(["python", *words[1:]])
+        except ValueError as error:
+            why_not = str(error)
+    values = {"command": command, "why_not": why_not, "further": further, "least": least}
     return {"state": state, "can_sample": run_files.can_sample(config), "is_finished": state == FINISHED, **values}
 
 

@@ -36,6 +36,7 @@ NAME = re.compile(r"[a-z][\w.]*")
 KEY = re.compile(r"[a-z]\w*([./][a-z]\w*)*")  # of a setting or a group: no part is `_target_`
 INTERPOLATION = re.compile(r"\$\\*\{")  # Hydra reads `$\{` as `${`
 FOREIGN = "hydra", "config", "defaults"  # keys that read files or code of one's own
+QUOTE = '"'
 MOST_CHARACTERS = 20_000  # of a word
 PLACES = re.compile(r"(^|[._])(path|folder|dir|init|resume|references|mask)$")  # settings that may name a file
 COMPOSING = threading.Lock()  # Hydra keeps what it composes from in one place of the process
@@ -56,6 +57,12 @@ class Setting:
     name: str
     value: str
     comment: str
+
+    @property
+    def lines(self) -> list[str] | None:
+        """The texts of a list, one a line of a field; None for another value."""
+        found = yaml.safe_load(self.value) if self.value.startswith("[") else None
+        return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else None
 
 
 @cache
@@ -236,12 +243,21 @@ def override(name: str, value: str) -> str:
         raise SettingError(f"{name!r} is no setting", name)
     if "${" in value:
         raise SettingError(f"{name}={value!r}: interpolations such as ${{oc.env:HOME}} work in a shell only", name)
-    word = f"{name}={in_quotes(value, chr(34))}"
+    word = f"{name}={in_quotes(value, QUOTE)}"
     try:
         if not OverridesParser.create().parse_override(f"{name}={value}").is_sweep_override():
             word = f"{name}={value}"
     except HydraException:
         pass
+    check_word(word)
+    return word
+
+
+def override_of_lines(name: str, lines: Sequence[str]) -> str:
+    """Return the override of a list of texts. Raises SettingError for a name that is none, and an interpolation."""
+    if not NAME.fullmatch(name):
+        raise SettingError(f"{name!r} is no setting", name)
+    word = f"{name}=[{','.join(in_quotes(line, QUOTE) for line in lines)}]"
     check_word(word)
     return word
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from itertools import chain
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request, Response
 from omegaconf import OmegaConf
@@ -33,10 +34,14 @@ MISSING = "???"  # a value that has to be given
 
 
 class StartForm(Form):
-    """Choices of groups by group, and values of settings by name, as typed; those of the choices are left out."""
+    """Choices of groups by group, and values of settings by name, as typed; those of the choices are left out.
+
+    `lists` has those of lists of texts.
+    """
 
     groups: dict[str, str] = Field(default_factory=dict, max_length=64)
     values: dict[str, str] = Field(default_factory=dict, max_length=1000)
+    lists: dict[str, list[str]] = Field(default_factory=dict, max_length=64)
     card: float | None = Field(default=None, ge=1, le=10_000)
 
 
@@ -69,18 +74,24 @@ def overrides_of(known: Studio, chosen: StartForm) -> list[str]:
         if forms.PLACES.search(name):
             known.workspace.check(value)
         found.append(forms.override(name, value.strip()))
+    for name, lines in chosen.lists.items():
+        if name not in before or name in chosen.values:
+            raise SettingError(f"{name} is no setting of these choices, or is given twice", name)
+        found.append(forms.override_of_lines(name, lines))
     composed = forms.flatten(OmegaConf.to_container(forms.compose(choices + found), resolve=True))
-    for name in filter(forms.PLACES.search, chosen.values):
+    for name in filter(forms.PLACES.search, [*chosen.values, *chosen.lists]):
         known.workspace.check(composed.get(name, ""))  # as it is read in the end
     return choices + found
 
 
 @router.get("/start")
-def start(request: Request, experiment: str = "") -> Response:
-    """The form; `experiment` is chosen at first."""
+def start(request: Request, experiment: str = "", dataset: str = "", path: str = "") -> Response:
+    """The form; `experiment`, and the dataset at `path`, are chosen at first."""
     known = [name for name in (experiment,) if name in forms.groups()["experiment"]]
     choices = [f"+experiment={name}" for name in known]
-    found = forms.settings(choices)
+    data = {"dataset": dataset, "path": path} if dataset in forms.choices("dataset") else {}
+    composed = choices + [f"dataset={dataset}" for _ in data][:1]
+    found = forms.settings(composed)
     first = [*FIRST, *(one.name for one in found if one.value == MISSING and one.name not in FIRST)]
     return page(
         request,
@@ -89,7 +100,10 @@ def start(request: Request, experiment: str = "") -> Response:
         experiment=next(iter(known), ""),
         cases=USE_CASES,
         groups=forms.groups(),
-        chosen=chosen_groups(choices),
+        defaults=chosen_groups(choices),
+        chosen=chosen_groups(composed),
+        given={"dataset.path": path} if path else {},
+        with_data=urlencode(data),
         settings=sorted(found, key=lambda one: first.index(one.name) if one.name in first else len(first)),
         first=first,
         about=forms.about("experiment", known[0]) if known else "",

@@ -44,8 +44,8 @@ def state_of(place: CaptionPlace) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def change_captions(changes: Sequence[Change]) -> None:
-    """Write captions of one file, all of them or none.
+def change_captions(changes: Sequence[Change], *, write: bool = True) -> None:
+    """Write captions of one file, all of them or none; without `write`, only check that they could be written.
 
     Raises ValueError, naming the file, if it is not as its places say, and OSError if it cannot be written.
     """
@@ -54,15 +54,19 @@ def change_captions(changes: Sequence[Change]) -> None:
     assert all(is_writable(change.place) and change.place.file == file for change in changes)
     with _WRITING:
         if changes[0].place.line is None:
-            _write_text(file, *changes)
+            _write_text(file, *changes, write=write)
         else:
-            _write_lines(file, changes)
+            _write_lines(file, changes, write=write)
 
 
-def _write_text(file: Path, change: Change) -> None:
+def _write_text(file: Path, change: Change, *, write: bool) -> None:
     (caption,) = change.captions
     if not change.place.written:
         try:
+            if not write:
+                if os.path.lexists(file):
+                    raise FileExistsError
+                return
             with atomic_write(file, replace=False) as unfinished:
                 unfinished.write_text(f"{caption}\n", encoding="utf-8")
         except FileExistsError as error:
@@ -70,10 +74,10 @@ def _write_text(file: Path, change: Change) -> None:
     elif read_text(file, MOST_TEXT) != change.place.written[0]:
         raise ValueError(f"{file} was changed meanwhile, and is kept")
     else:
-        _replace(file, f"{caption}\n")
+        _replace(file, f"{caption}\n", write=write)
 
 
-def _write_lines(file: Path, changes: Sequence[Change]) -> None:
+def _write_lines(file: Path, changes: Sequence[Change], *, write: bool) -> None:
     with open_regular(file) as stream:  # again each time: it may be edited meanwhile
         content = stream.read()
     try:
@@ -87,7 +91,7 @@ def _write_lines(file: Path, changes: Sequence[Change]) -> None:
             parts[index] = _json_line({**place.row, place.column: value})
     except ValueError as error:
         raise ValueError(f"{file} {error}") from error
-    _replace(file, ("\ufeff" if content.startswith(codecs.BOM_UTF8) else "") + "".join(parts))
+    _replace(file, ("\ufeff" if content.startswith(codecs.BOM_UTF8) else "") + "".join(parts), write=write)
 
 
 def _json_line(row: dict[str, object]) -> str:
@@ -99,11 +103,13 @@ def _json_line(row: dict[str, object]) -> str:
     return line
 
 
-def _replace(file: Path, text: str) -> None:
+def _replace(file: Path, text: str, *, write: bool) -> None:
     """Replace the content of a file, or of the one that it is a link to, and keep its permissions."""
     file = Path(os.path.realpath(file))
     if not os.access(file, os.W_OK):
         raise ValueError(f"{file} is read-only, and is kept")
+    if not write:
+        return
     with atomic_write(file) as unfinished:
         unfinished.write_bytes(text.encode())
         unfinished.chmod(file.stat().st_mode)

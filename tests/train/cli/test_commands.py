@@ -45,6 +45,20 @@ def test_an_unknown_command_is_one_error(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["where"], "write flux2 where and one of train, plan,"),
+        (["where", "generate"], "flux2 where generate: write flux2 where and one of train,"),
+        (["completion", "fish"], "flux2 completion fish: write flux2 completion and one of bash, zsh"),
+    ],
+)
+def test_what_a_helping_command_takes_is_said(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, "argv", ["flux2", *words])
+    assert commands.main() == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "found"),
     [
         (["tr"], ["train"]),
@@ -55,6 +69,8 @@ def test_an_unknown_command_is_one_error(monkeypatch, capsys):
         (["train", "optimizer"], ["optimizer="]),
         (["generate", "--mo"], []),
         (["nothing", "x"], []),
+        (["train", "../="], []),
+        (["train", "hydra="], []),
     ],
 )
 def test_a_shell_completes_commands_groups_choices_and_settings(words, found):

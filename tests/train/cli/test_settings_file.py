@@ -74,6 +74,8 @@ def test_without_a_file_nothing_changes():
         ("steps: [", "cannot be read"),
         ("a: &x [1]\nb: *x", "cannot be read ... alias"),
         ("defaults: [model]", "defaults is not read. Write the choice of a group as a line: model: dev"),
+        ("steps: 1\nsteps: 2", "cannot be read ... duplicate key steps"),
+        ("sample:\n  seed: 1\nsample.seed: 2", "sets sample.seed twice. Keep one of the lines"),
         ("config: other.yaml", "config is not read"),
         ("model: [tiny]", "model=['tiny'] must be the name of a choice"),
         ("optimizer:\n  lrr: 1", "optimizer.lrr=1 is not a setting; did you mean optimizer.lr?"),

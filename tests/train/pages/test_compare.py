@@ -63,6 +63,13 @@ def test_the_chooser_lists_what_each_run_has(page, two):
     assert "Pictures of the same" not in shown(page, f"{two[0]}@step 10", f"{two[0]}@step 10")
 
 
+def test_a_run_opens_with_its_base_the_recommended_and_the_last(page, two):
+    answer = page.get("/compare", params={"run": str(two[0])})
+    assert answer.status_code == 303
+    answer = page.get(answer.headers["location"])
+    assert re.findall(r'value="[^"]*/a@([^"]*)" checked', answer.text) == ["base", "step 10", "step 20"]
+
+
 def test_pictures_of_one_prompt_and_seed_stand_side_by_side(page, two):
     found = sides(shown(page, f"{two[0]}@step 10", f"{two[0]}@step 20", f"{two[1]}@step 10"))
     assert list(found) == [

@@ -2,10 +2,12 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from picture_helpers import chosen, draw, fields, state_in
@@ -129,6 +131,17 @@ def test_a_folder_that_cannot_be_written_is_one_message(studio, cats, monkeypatc
     assert (cats / "a.txt").read_text() == "a sks cat\n"
 
 
+def test_a_file_that_cannot_be_written_keeps_all_as_they_are(studio, cats, monkeypatch):
+    page = studio()
+    shown = page.submit("/pictures/trigger", **chosen(), trigger="word")["html"]
+    before = {file: file.read_bytes() for file in cats.glob("*")}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda file, mode: Path(file).name != "b.txt" and access(file, mode))
+    answer = page.submit("/pictures/trigger", **chosen(), trigger="word", state=state_in(shown))
+    assert answer["error"] == f"nothing is written: {cats / 'b.txt'} is read-only, and is kept"
+    assert {file: file.read_bytes() for file in cats.glob("*")} == before
+
+
 def test_captions_that_are_in_no_file_are_shown_and_not_written(studio, cats):
     page = studio()
     assert fields(page, settings="dataset.prompt='one for all'") == []
@@ -192,7 +205,10 @@ def test_lines_of_one_metadata_file_are_changed_together(studio, cats, monkeypat
     monkeypatch.setattr(
         caption_files,
         "_replace",
-        lambda file, text, real=caption_files._replace: (written.append(file), real(file, text)),
+        lambda file, text, write, real=caption_files._replace: (
+            written.extend([file] * write),
+            real(file, text, write=write),
+        ),
     )
     page.submit("/pictures/trigger", **chosen(), trigger="sks", state=state_in(shown))
     assert len(written) == 1

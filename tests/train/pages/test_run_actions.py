@@ -114,7 +114,10 @@ def test_a_stopped_run_resumes_with_its_own_command(page, folder, monkeypatch):
 def test_more_steps_take_the_place_of_the_old_ones(page, folder, monkeypatch):
     monkeypatch.setattr(page.known.queue, "start_next", lambda: None)
     run = logged_run(folder, 0, 10, 40, finished=True)
-    assert "Train longer" in part(page, run, "actions")
+    text = part(page, run, "actions")
+    assert "Train longer" in text
+    assert 'value="60"' in text
+    assert "steps=60 resume=" in words(text)  # half as many again, in the command too
     assert "has done its 40 steps" in page.submit("/runs/resume", folder=str(run))["error"]
     assert "has done its 40 steps" in page.submit("/runs/resume", folder=str(run), steps=40)["error"]
     page.submit("/runs/resume", folder=str(run), steps=60)

@@ -96,6 +96,35 @@ def test_a_started_run_is_in_the_queue_with_its_folder_and_what_differs_alone(pa
     assert (job.state, job.title) == ("waiting", "train mine")
 
 
+def test_prompts_are_lines_of_a_list(page, monkeypatch):
+    monkeypatch.setattr(Queue, "start_next", lambda self: None)
+    assert '<textarea name="sample.prompts"' in page.get("/start").text
+    prompts = ["a fox, red", 'say "x" \\', "[a]", "it's"]
+    assert page.submit("/start/run", lists={"sample.prompts": prompts})["status"] == 200
+    word = page.known.queue.job(1).command[2]
+    assert list(forms.compose([word]).sample.prompts) == prompts
+    for name, line, said in (
+        ("sample.promptz", "a", "no setting"),
+        ("sample.prompts", "${oc.env:HOME}", "interpolations"),
+        ("sample.references", "/etc/x.png", "outside of the opened folders"),
+    ):
+        answer = page.submit("/start/run", lists={name: [line]})
+        assert answer["status"] in (400, 403), answer
+        assert holds(answer["error"], said)
+    twice = page.submit("/start/run", lists={"sample.prompts": ["a"]}, values={"sample.prompts": "[b]"})
+    assert holds(twice["error"], "given twice")
+
+
+def test_the_pictures_that_were_looked_at_are_chosen(page, tmp_path):
+    text = page.get("/start", params={"experiment": "style", "dataset": "folder", "path": 'a"b'}).text
+    assert 'name="dataset.path" value="a&#34;b" data-default=""' in text
+    assert 'href="/start?experiment=character&amp;dataset=folder&amp;path=a%22b"' in text
+    text = page.get("/start", params={"dataset": "pairs", "path": "x"}).text
+    assert re.search(r'<select name="dataset" data-in="groups" data-default="demo"', text)
+    assert "<option selected>pairs</option>" in text
+    assert page.get("/start", params={"dataset": "../x", "path": "x"}).status_code == 200
+
+
 def test_comments_of_the_experiment_are_text(page):
     text = page.get("/start?experiment=style").text
     assert "A style: everything that a prompt" in text

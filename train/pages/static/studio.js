@@ -56,6 +56,7 @@ const addCopyButton = text => {
 
 // Values of a form: texts, numbers (data-kind=number), switches, and lists of what is checked (data-kind=list). What has
 // data-in=X is in a group X, and is left out there if it is its data-default.
+const linesOf = field => field.value.split('\n').filter(line => line.trim());
 const valuesOf = form => {
   const values = {};
   for (const field of form.elements) {
@@ -63,14 +64,14 @@ const valuesOf = form => {
     const kind = field.dataset.kind || field.type;
     if (field.dataset.in) {
       const group = values[field.dataset.in] = values[field.dataset.in] || {};
-      if (field.value !== field.dataset.default) group[field.name] = field.value;
+      if (field.value !== field.dataset.default) group[field.name] = kind === 'lines' ? linesOf(field) : field.value;
     } else if (kind === 'list') {
       values[field.name] = values[field.name] || [];
       if (field.checked) values[field.name].push(field.value);
     } else if (kind === 'checkbox') values[field.name] = field.checked;
     else if (kind === 'radio') { if (field.checked) values[field.name] = field.value; }
     else if (kind === 'number') values[field.name] = field.value === '' ? null : Number(field.value);
-    else if (kind === 'lines') values[field.name] = field.value.split('\n').filter(line => line.trim());
+    else if (kind === 'lines') values[field.name] = linesOf(field);
     else values[field.name] = field.value;
   }
   return values;
