@@ -79,6 +79,7 @@ def show_title(text: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
     if stream.isatty():
         from rich.rule import Rule
+        from rich.text import Text
 
-        console(stream).print(Rule(printable(text), align="left", style="dim"))
+        console(stream).print(Rule(Text(printable(text), "bold"), align="left", style="dim"))
         stream.flush()

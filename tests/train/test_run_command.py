@@ -152,12 +152,13 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
     )
     assert code == 0, err
     run = tmp_path / "run"
-    assert out.splitlines()[-6:] == [
+    assert out.splitlines()[-7:] == [
         f"adapter   {run}/adapter",
         f"numbers   {run}/metrics.jsonl",
         f"samples   {run}/samples",
         f"report    {run}/report.html",
         "best checkpoint: none (nothing was validated)",
+        f"export    python -m flux2.export {run}/adapter --format comfyui --out {run}/comfyui.safetensors",
         f"use it    python -m flux2.generate --model small_dev --path {model_folders('dev')} --adapter {run}/adapter "
         f"--prompt 'a cup'\"'\"'s fox' --image {room}",
     ]

@@ -83,7 +83,8 @@ def announce(config: RunConfig, adapter: Path, caption: str, references: Sequenc
         say(push_or_warn(adapter.parent, config.hub))
         (adapter.parent / UNFINISHED_FILE).unlink(missing_ok=True)
     config.say(f"adapter   {adapter}")
-    if note := format_notes(adapter):
+    note = format_notes(adapter)
+    if note:
         config.say(f"formats   {note}")
     config.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if config.draws_samples and (adapter.parent / "samples").is_dir():
@@ -95,14 +96,23 @@ def announce(config: RunConfig, adapter: Path, caption: str, references: Sequenc
     if len(config.target.scales) > 1:
         config.say("scales    write --adapter FOLDER:-1 for the other end, and numbers between and beyond")
     config.say(f"best checkpoint: {found.verdict}")
-    for what, command_line in next_commands(config, adapter, found, caption, references):
+    for what, command_line in next_commands(config, adapter, found, caption, references, exports=not note):
         config.say(f"{what:<10}{command_line}")
 
 
 def next_commands(
-    config: RunConfig, adapter: Path, found: Recommendation, caption: str, references: Sequence[str] = ()
+    config: RunConfig,
+    adapter: Path,
+    found: Recommendation,
+    caption: str,
+    references: Sequence[str] = (),
+    *,
+    exports: bool,
 ) -> list[tuple[str, str]]:
-    """Return the commands that come after a run, each with what it does in two words."""
+    """Return the commands that come after a run, each with what it does in two words.
+
+    `exports`: whether other programs read what the export writes of this kind of adapter.
+    """
     folder, used, commands = adapter.parent, adapter, list[tuple[str, str]]()
     if found.checkpoint is not None and step_of(found.checkpoint) != config.settings.steps:
         used = found.checkpoint / "adapter"
@@ -121,6 +131,10 @@ def next_commands(
     if checkpoints(folder):
         commands.append(("compare", shlex.join(["python", "train/evaluate.py", masked_text(f"run={folder}")])))
     use = "try it" if found.checkpoint is None and (found.unfit or found.rate_factor != 1) else "use it"
+    if use == "use it" and exports:
+        adapters = [str(config.adapter.init)] if config.adapter.is_frozen else []
+        words = [*adapters, str(used), "--format", "comfyui", "--out", str(folder / "comfyui.safetensors")]
+        commands.append(("export", shlex.join(["python", "-m", "flux2.export", *map(masked_text, words)])))
     commands.append((use, shlex.join(map(masked_text, words_to_generate(config, used, caption, references)))))
     return commands
 

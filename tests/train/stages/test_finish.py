@@ -149,7 +149,9 @@ def test_the_last_line_never_recommends_an_adapter_that_is_worse_than_the_base(
     monkeypatch.setattr(finish, "recommend_or_warn", lambda _: found)
     monkeypatch.setattr(finish, "format_notes", lambda _: "")
     finish.announce(config, tmp_path / "adapter", "a caption")
-    assert said[-2] == "best checkpoint: step 2 (-6.9 %)"
+    assert "best checkpoint: step 2 (-6.9 %)" in said[-3:-1]
+    exported = [text.partition("--format")[0].split()[-1] for text in said if text.startswith("export ")]
+    assert exported == ([] if command.startswith("try") else [said[-1].partition(" --prompt")[0].split()[-1]])
     assert re.match(command.format(re.escape(str(tmp_path))), said[-1])
     assert sum(text.startswith("careful") and unfit in text for text in said) == bool(unfit)
 
@@ -189,7 +191,7 @@ def test_after_a_run_that_learned_nothing_or_diverged_the_next_command_has_anoth
         fake = SimpleNamespace(initialized=lambda: True, get=lambda: hydra)
         monkeypatch.setattr(f"{module}.HydraConfig", fake)
     found = Recommendation(None, [], [], "it rose" if factor < 1 else "", "none (why)", factor)
-    commands = dict(finish.next_commands(config, tmp_path / "adapter", found, "a caption"))
+    commands = dict(finish.next_commands(config, tmp_path / "adapter", found, "a caption", exports=True))
     assert commands.pop("again", None) == again
     assert list(commands) == ["use it" if factor == 1 else "try it"]
 
