@@ -30,7 +30,7 @@ from train.planner.prediction import Prediction
 from train.planner.predictor import Planner
 from train.planner.search import choose
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "docs" / "memory.md", ROOT / "docs" / "performance.md")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GPU_SIZES = (8, 12, 16, 24, 32, 48, 80, 141)
 PAIR_SIZES = (16, 24, 32)  # of two GPUs that a model is divided over

@@ -1,11 +1,11 @@
-"""README.md lists every package in the order of imports, and the diagram is the one that its script draws."""
+"""CONTRIBUTING.md lists every package in the order of imports, and the diagram is the one that its script draws."""
 
 import re
 import sys
 
 from test_imports import ORDER, ROOT
 
-CELLS = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+CELLS = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 
 
 def test_the_list_of_packages_is_complete_and_in_the_order_of_imports():
