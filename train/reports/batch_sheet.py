@@ -7,7 +7,9 @@ small ones enlarged by an integer, so that their pixels stay square.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,8 +21,14 @@ WIDTH = 1600  # pixels of a page, at most
 SIDE = 384  # of an image, at most
 GAP = 12
 TEXT, SMALL, TITLE = 15, 13, 20  # font sizes
+SPACING = 5  # pixels between lines
 LINES = 10  # of a caption
 MOST_CHARACTERS = 3000  # of a text, of which only lines that fit are drawn
+# Pillow's own font has no letters beyond ASCII; of these the first that has the letters is used
+SYSTEM_FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "arial.ttf",
+    "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf", "YuGothM.ttc", "PingFang.ttc",
+)  # fmt: skip
 DIM, GRAY = 0.25, (112, 112, 120)  # share that is seen of a pixel that does not count, and what covers it
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -76,10 +84,34 @@ def broken(text: str, font: Font, width: int, lines: int) -> str:
     return wrap(words, font, width, lines)
 
 
-def missing_letters(text: str, font: Font) -> bool:
-    """Return whether a font has no picture of some character of a text, which it draws as a box."""
+def missing_letters(text: str, font: Font) -> int:
+    """Return of how many different characters of a text a font has no picture; it draws a box for each."""
     box = bytes(font.getmask("\uffff"))
-    return any(not letter.isascii() and bytes(font.getmask(letter)) == box for letter in set(one_line(text)))
+    return sum(not letter.isascii() and bytes(font.getmask(letter)) == box for letter in set(one_line(text)))
+
+
+def height_of(text: str, font: Font) -> int:
+    """Return the height in pixels of a text of one or several lines, with a distance to the next."""
+    canvas = ImageDraw.Draw(Image.new("L", (1, 1)))
+    return round(canvas.multiline_textbbox((0, 0), f"{text}\nx", font, spacing=SPACING)[3] - font.getbbox("x")[3]) + 2
+
+
+@cache
+def system_fonts(size: int) -> list[Font]:
+    """Return those of the usual fonts that this machine has."""
+    found: list[Font] = []
+    for name in SYSTEM_FONTS:
+        with suppress(OSError):  # it is not installed
+            found.append(ImageFont.truetype(name, size))
+    return found
+
+
+def font_for(text: str, size: int) -> Font:
+    """Return the font in which a text is drawn: Pillow's own, or one of the machine that has more of its letters."""
+    own = ImageFont.load_default(size)
+    if not missing_letters(text, own):
+        return own
+    return min([own, *system_fonts(size)], key=lambda font: missing_letters(text, font))
 
 
 def tile_side(cards: Sequence[Card], most: int = SIDE) -> int:
@@ -100,17 +132,18 @@ def scaled(image: Image.Image, side: int) -> Image.Image:
 
 def draw_card(card: Card, side: int, tiles: int) -> Image.Image:
     """Return the picture of one sample, with `tiles` images of `side` pixels; `info["boxes"]` has where each is."""
-    text, small = ImageFont.load_default(TEXT), ImageFont.load_default(SMALL)
+    small = ImageFont.load_default(SMALL)
     width = tiles * (side + GAP) - GAP
-    facts = [broken(fact, small, width, 2) for fact in card.facts]
-    captions = [broken(caption, text, width, LINES) for caption in card.captions]
-    if any(missing_letters(caption, text) for caption in card.captions):
-        facts.append(
-            broken("boxes: letters that this sheet cannot draw, and that are trained as they are", small, width, 2)
-        )
-    lines = [(broken(card.name, text, width, 1), text, "black")]
-    lines += [(fact, small, "#555555") for fact in facts] + [(caption, text, "#003377") for caption in captions]
-    heights = [round(font.size * 1.3) * (words.count("\n") + 1) + 4 for words, font, _ in lines]
+    fonts = [font_for(caption, TEXT) for caption in card.captions]
+    captions = [(broken(words, font, width, LINES), font) for words, font in zip(card.captions, fonts, strict=True)]
+    facts = list(card.facts)
+    if any(missing_letters(words, font) for words, font in zip(card.captions, fonts, strict=True)):
+        facts.append("boxes in the caption: letters that no font here has; they are trained as they are")
+    name = font_for(card.name, TEXT)
+    lines: list[tuple[str, Font, str]] = [(broken(card.name, name, width, 1), name, "black")]
+    lines += [(broken(fact, small, width, 2), small, "#555555") for fact in facts]
+    lines += [(words, font, "#003377") for words, font in captions]
+    heights = [height_of(words, font) for words, font, _ in lines]
     images = [None if tile.image is None else scaled(tile.image, side) for tile in card.tiles]
     highest = max([side // 3, *(image.height for image in images if image is not None)])
     top = round(SMALL * 1.3) + 4
@@ -128,7 +161,7 @@ def draw_card(card: Card, side: int, tiles: int) -> Image.Image:
             page.info["boxes"].append((left, top, left + image.width, top + image.height))
     place = top + highest + 8
     for (words, font, color), height in zip(lines, heights, strict=True):
-        canvas.multiline_text((0, place), words, color, font, spacing=round(font.size * 0.3))
+        canvas.multiline_text((0, place), words, color, font, spacing=SPACING)
         place += height
     return page
 
@@ -144,12 +177,12 @@ def batch_sheet(cards: Sequence[Card], title: str, notes: Sequence[str] = ()) ->
     head = [(broken(title, big, width - 2 * GAP, 3), big)]
     head += [(broken(note, small, width - 2 * GAP, 3), small) for note in notes]
     sheet_rows = sum(max(page.height for page in row) + 2 * GAP for row in rows)
-    tops = [round(font.size * 1.35) * (words.count("\n") + 1) + 2 for words, font in head]
+    tops = [height_of(words, font) for words, font in head]
     sheet = Image.new("RGB", (width, GAP + sum(tops) + GAP + sheet_rows), "white")
     sheet.info["boxes"] = []
     canvas, top = ImageDraw.Draw(sheet), GAP
     for (words, font), height in zip(head, tops, strict=True):
-        canvas.multiline_text((GAP, top), words, "black", font, spacing=round(font.size * 0.3))
+        canvas.multiline_text((GAP, top), words, "black", font, spacing=SPACING)
         top += height
     top += GAP
     for row in rows:

@@ -132,7 +132,7 @@ class FirstBatch:
             return None, f"mask: {error.name} {error.reason}"
         weights = self.config.loss.token_weights(found)
         least = f"{weights.min():.2g} to {weights.max():.2g}"
-        return weights.numpy(), f"mask: {weights.mean():.0%} of the image counts in the loss, with weights {least}"
+        return weights.numpy(), f"mask: {weights.mean():.0%} of the image counts (weights {least})"
 
     def texts(self, drawn: DrawnSample, is_class: bool) -> list[str]:
         """Return the texts that the sample is trained with."""

@@ -116,6 +116,19 @@ def test_a_run_shows_curves_recommendation_problems_and_commands(page, folder):
     assert "<h1>cards/run</h1>" in whole
 
 
+def test_the_first_batch_is_shown_once_it_is_written(page, folder, tmp_path):
+    run = logged_run(folder, 0)
+    assert part(page, run, "batch").strip() == ""
+    Image.new("RGB", (40, 20), "red").save(run / "first_batch.png")
+    address = unescape(re.search(r'<img src="([^"]*)"', part(page, run, "batch"))[1])
+    answer = page.get(address)
+    assert answer.headers["content-type"] == "image/png"
+    assert Image.open(BytesIO(answer.content)).getpixel((5, 5)) == (255, 0, 0)
+    (run / "first_batch.png").rename(tmp_path / "elsewhere.png")
+    (run / "first_batch.png").symlink_to(tmp_path / "elsewhere.png")
+    assert page.get(address).status_code == 403
+
+
 def test_sample_grids_are_compared_over_the_steps_from_addresses(page, folder):
     run = logged_run(folder, 0, 10, 20)
     text = part(page, run, "pictures")
