@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 
 from data.buckets import MIDDLE, Cut
 from data.cache.embeddings import PromptKeys
-from data.cache.latents import LatentEntry, LatentPlan, Work, plan_sample
+from data.cache.latents import LatentEntry, Work, plan_sample
 from data.cache.prepared import CachedDataset
 from data.files import user_path
 from data.loader import DrawnSample, Loader
@@ -26,6 +26,7 @@ from data.sources.images import BadPicture, FileOpener, Picture
 from train.checkpoints.checkpoint import CONFIG_FILE
 from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
+from train.encoding.prepare import CacheRequest
 from train.objective.objective import check_pairs
 from train.objective.prior import ClassPictures
 from train.objective.target import Slider
@@ -38,7 +39,10 @@ from train.utils.text import many
 
 MOST, ENOUGH = 16, 8  # samples of a sheet: at most, and from which number on no further step is added
 SECONDS = 15.0  # after which images are left out
-FAILURES = (OSError, ValueError, ImportError, MemoryError, OverflowError)  # of decoders, fonts and disks
+# of decoders, fonts and disks
+FAILURES = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, ImportError, MemoryError, RuntimeError, SyntaxError
+)  # fmt: skip
 NO_TIME = f"left out: the images before it took more than {SECONDS:g} seconds"
 
 
@@ -197,9 +201,10 @@ def write_first_batch(config: RunConfig, location: RunLocation, data: TrainingDa
         warn(f"{file} was not written ({type(error).__name__}: {what}). The run goes on without it")
 
 
-def planned(plan: LatentPlan, samples: Sequence[Sample]) -> CachedDataset:
+def planned(request: CacheRequest) -> CachedDataset:
     """Return the cached form of samples of which nothing is cached; the keys of it are those of no model."""
-    captions = [caption for sample in samples for caption in sample.captions]
+    plan = request.plan_latents("")  # skips bad samples
+    captions = [caption for sample in request.samples for caption in sample.captions]
     return CachedDataset.from_plan(plan, PromptKeys([*captions, ""], {}))
 
 
@@ -210,18 +215,13 @@ def plan_first_batch(config: RunConfig) -> FirstBatch:
     """
     request = cache_request(config)
     check_pairs(config.loss, config.target, request.samples)
-    cached = planned(request.plan_latents(""), request.samples)
+    cached, classes, notes = planned(request), None, list[str]()
+    if config.prior is not None and (found := class_dataset(config)) is not None:
+        classes = found, planned(replace(request, samples=found))
+    elif config.prior is not None:
+        notes.append("Each step also trains class images, which the base draws before training (preservation=prior).")
     request.digests.save()
     request.digests.close()
-    classes, notes = None, []
-    if config.prior is not None:
-        found = class_dataset(config)
-        if found is None:
-            notes.append(
-                "Each step also trains class images, which the base draws before training (preservation=prior)."
-            )
-        else:
-            classes = found, planned(cache_request(config, found).plan_latents(""), found)
     training, _ = config.validation.split(cached.contents, cached.references, cached.pixels)
     processes = config.planned_processes or config.accelerator.num_processes
     prepared = PreparedData(request.samples, cached, classes)
