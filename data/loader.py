@@ -55,6 +55,18 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class DrawnSample:
+    """What a step trains at one position of the global batch."""
+
+    position: int
+    index: int  # of the sample in the dataset
+    variant: int  # number of the crop or mirrored copy among `LatentEntry.variants`
+    entry: LatentEntry  # that variant
+    caption: str  # "" where it was dropped
+    drops_caption: bool
+
+
 def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy a CPU tensor to `device`, from pinned memory, so that the host need not wait for the GPU."""
     if torch.device(device).type != "cuda":
@@ -155,7 +167,7 @@ class Loader:
         A micro-batch is in as many parts as it has shapes in the process where it has most of them: with a sharded
         base, all processes must call the model equally often.
         """
-        indices, has_references = self.sampler.batch(step), not self._drops_references(step)
+        indices, has_references = self.sampler.batch(step), not self.drops_references(step)
         size = self.batch_size_in(step)
         batches = []
         for micro in range(self.gradient_accumulation):
@@ -175,20 +187,22 @@ class Loader:
         """Return the number of samples in a micro-batch of a step."""
         return self.sampler.size(step) // self._per_step
 
-    def _drops_references(self, step: int) -> bool:
+    def drawn_samples(self, step: int) -> list[DrawnSample]:
+        """Return what a step trains in all processes, by position in the global batch; reads nothing."""
+        return [self._draw_sample(step, *place) for place in enumerate(self.sampler.batch(step))]
+
+    def drops_references(self, step: int) -> bool:
+        """Return whether a step trains its samples without their references."""
         return self._is_drawn(self.reference_dropout, "reference dropout", step)
 
     def _read_batch(self, step: int, step_indices: Sequence[int], positions: Sequence[int]) -> Batch:
-        indices = [step_indices[position] for position in positions]
-        entries, captions = [], []
-        for position, index in zip(positions, indices, strict=True):
-            variants = self._entries[index].variants  # crops and mirrored copies
-            entries.append(variants[self._draw("variant", step, position, len(variants))])
-            captions.append(self._caption(step, position, index))
+        drawn = [self._draw_sample(step, position, step_indices[position]) for position in positions]
+        indices, entries = [one.index for one in drawn], [one.entry for one in drawn]
+        captions = [one.caption for one in drawn]
         size, reference_sizes = entries[0].bucket
         factors = self._loss_weights
         rejected = [entry.rejected_key for entry in entries if entry.rejected_key is not None]
-        if self._drops_references(step):
+        if self.drops_references(step):
             reference_sizes = ()
         return Batch(
             latents=self._stack("latents", [entry.key for entry in entries], latent_shape(size)),
@@ -205,12 +219,13 @@ class Loader:
             weights=None if factors is None else torch.tensor([factors[index] for index in indices]),
         )
 
-    def _caption(self, step: int, position: int, index: int) -> str:
-        """Return the drawn caption of a sample, or "" if it is dropped."""
-        if self._is_drawn(self.caption_dropout, "dropout", step, position):
-            return ""
-        captions = self._captions[index]
-        return captions[self._draw("caption", step, position, len(captions))]
+    def _draw_sample(self, step: int, position: int, index: int) -> DrawnSample:
+        """Return a sample with its drawn variant and its drawn caption, "" if it is dropped."""
+        variants, captions = self._entries[index].variants, self._captions[index]
+        variant = self._draw("variant", step, position, len(variants))
+        is_dropped = self._is_drawn(self.caption_dropout, "dropout", step, position)
+        caption = "" if is_dropped else captions[self._draw("caption", step, position, len(captions))]
+        return DrawnSample(position, index, variant, variants[variant], caption, is_dropped)
 
     def _draw(self, what: str, step: int, position: int, choices: int) -> int:
         if choices == 1:

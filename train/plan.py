@@ -4,6 +4,7 @@ Prints the memory of each phase, the GPUs that it fits, what `memory=auto` would
 is trained, if the images are on this machine. Memory and time are predicted from shapes (train/planner/predictor.py,
 docs/memory.md), without weights, network or GPU.
 
+`+preview=batch.png` also draws the first samples as they are trained, with buckets, masks, references and captions.
 `+card=24` plans for a GPU of 24 GB, like `memory=24gb`; the default is the GPU of this machine, if there is one.
 `shard=true +processes=4` plans for each of four processes that share the base (docs/scaling.md), `memory.split=auto
 +cards=2` for one process that divides the model over two GPUs (docs/memory.md).
@@ -58,7 +59,9 @@ from train.planner.prediction import Prediction
 from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter
 from train.stages.data import paths
+from train.stages.first_batch import check_new, plan_first_batch
 from train.utils.checks import check_count, is_number
+from train.utils.files import write_whole
 from train.utils.text import many
 
 SMALL_GPU = 24  # GB
@@ -327,8 +330,9 @@ def make_plan(config: DictConfig) -> Plan:
 
 
 def main(config: DictConfig) -> None:
-    """Print the plan of one configuration."""
-    plan = make_plan(config)
+    """Print the plan of one configuration, and with `preview` draw the first samples as they are trained."""
+    preview = check_new(config["preview"]) if "preview" in config else None
+    plan = make_plan(OmegaConf.masked_copy(config, [key for key in config if key != "preview"]))
     run, now, planner, card, on_gpu = plan.run, plan.now, plan.planner, plan.card, plan.on_gpu
 
     # The run and its memory by phase.
@@ -377,6 +381,10 @@ def main(config: DictConfig) -> None:
             console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
         if plan.name is not None and (hint := split_hint(run, plan.memory, best, card, plan.on)):
             console.print(hint)
+
+    if preview is not None:
+        write_whole(preview, plan_first_batch(run).sheet())
+        console.print(f"The first batch, as it would be trained: {preview}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from train.distributed.sharding import check_processes
 from train.loop import Trainer
 from train.optim.ema import EvaluationWeights
 from train.optim.schedules import LearningRate
-from train.stages.data import PreparedData, announce_samples, make_objective, prepare_data
+from train.stages.data import PreparedData, announce_start, make_objective, prepare_data
 from train.stages.finish import announce, write_card_and_report
+from train.stages.first_batch import write_first_batch
 from train.stages.memory import choose_compile, keep_kernels, keep_resumed_memory, load_config, memory_advice
 from train.stages.model import load_model, load_sampler
 from train.stages.run_folder import claim_run_folder, record_start
@@ -33,7 +34,6 @@ from train.sweeps.job import check_sweep_job, is_done, is_sweep, sweep_result
 from train.sweeps.reuse import SHARED
 from train.tracking.metrics import Metrics
 from train.utils.memory import free_memory
-from train.utils.text import many
 
 
 def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]:
@@ -45,6 +45,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
         # Fill the cache with encoded samples; this loads and frees both encoders.
         data = prepare_data(config)
         data.check_unchanged(config, location)
+        write_first_batch(config, location, data)
         objective = make_objective(config, data)
         config = choose_compile(config, location, data)
 
@@ -53,11 +54,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
         optimizer = model.build_optimizer(config)
         learning_rate = LearningRate(optimizer, config.schedule, settings.steps)
         evaluation_weights = EvaluationWeights(model.trained_parameters, optimizer, settings.ema_decay)
-        config.say(
-            f"{many(len(data.names), 'sample')}, {model.parameter_count:,} trained parameters, "
-            f"{many(settings.steps, 'step')} in {location.folder}"
-        )
-        config = announce_samples(config, data.prepared.samples)
+        config = announce_start(config, location.folder, data, model.parameter_count)
         sampler = load_sampler(config, data.prepared.cached, model.peft_model)
 
         # Restore the resumed state. Nothing in the run folder changes before it is read.

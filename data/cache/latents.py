@@ -93,6 +93,20 @@ class Work(NamedTuple):
         original = self.picture.size
         return self.size[0] > original[0] or self.size[1] > original[1]
 
+    def image(self, reference_max_pixels: int) -> Image.Image:
+        """Return the pixels that are encoded, or the mask that is stored. Raise BadPicture if it cannot be used."""
+        # otherwise changed content would be stored under the old key
+        picture = self.picture.unchanged(content_digest(self.picture))
+        if self.kind == "mask":
+            mask = fit_mask(picture.load_mask(), self.size, self.cut)
+            if mask.getbbox() is None:
+                raise BadPicture(picture.name, "is a mask that is black in the whole crop, so nothing would be learned")
+            return mask
+        image = picture.load()
+        if self.kind == "reference":
+            return fit_reference(image, reference_max_pixels, self.cut.mirrored)
+        return fit(image, self.size, self.cut)
+
 
 @dataclass
 class BucketRow:
@@ -165,7 +179,7 @@ class LatentPlan:
         def compute(key: str) -> int:
             work = self.work[key]
             try:
-                image = self._image(work)
+                image = work.image(self.reference_max_pixels)
             except BadPicture as error:
                 bad[key] = error
                 return 0
@@ -192,19 +206,6 @@ class LatentPlan:
         work = {key: work for key, work in self.work.items() if key not in bad}
         return replace(self, entries=tuple(good), work=work, bad=reasons)
 
-    def _image(self, work: Work) -> Image.Image:
-        # otherwise changed content would be stored under the old key
-        picture = work.picture.unchanged(content_digest(work.picture))
-        if work.kind == "mask":
-            mask = fit_mask(picture.load_mask(), work.size, work.cut)
-            if mask.getbbox() is None:
-                raise BadPicture(picture.name, "is a mask that is black in the whole crop, so nothing would be learned")
-            return mask
-        image = picture.load()
-        if work.kind == "reference":
-            return fit_reference(image, self.reference_max_pixels, work.cut.mirrored)
-        return fit(image, work.size, work.cut)
-
 
 @without_collection()
 def plan_latents(
@@ -226,7 +227,7 @@ def plan_latents(
         reference_max_pixels: Maximum area of a reference, which keeps its aspect ratio.
         digests: Known digests and sizes; without it the header and content of each image is read.
     """
-    planner = _Planner(cache, buckets, encoder_id, reference_max_pixels, digests or Digests())
+    planner = _Planner(buckets, encoder_id, reference_max_pixels, digests or Digests())
     entries, bad = [], {}
     for number, sample in enumerate(chain.from_iterable(map(planner.recalled, in_parts(samples, AT_ONCE)))):
         try:
@@ -255,13 +256,17 @@ def plan_latents(
     return LatentPlan(cache, tuple(entries), planner.work, reference_max_pixels, bad, table, middles)
 
 
+def plan_sample(sample: Sample, buckets: Buckets, reference_max_pixels: int) -> tuple[LatentEntry, dict[str, Work]]:
+    """Return the entry of one sample of a plan and its images by key, which name no encoder."""
+    planner = _Planner(buckets, "", reference_max_pixels, Digests())
+    return planner.entry(sample), planner.work
+
+
 class _Planner:
     """Plans one sample after the other, and collects the images to encode in `work`."""
 
-    def __init__(
-        self, cache: Cache, buckets: Buckets, encoder_id: str, reference_max_pixels: int, digests: Digests
-    ) -> None:
-        self.cache, self.buckets, self.encoder_id = cache, buckets, encoder_id
+    def __init__(self, buckets: Buckets, encoder_id: str, reference_max_pixels: int, digests: Digests) -> None:
+        self.buckets, self.encoder_id = buckets, encoder_id
         self.reference_max_pixels, self.digests = reference_max_pixels, digests
         self.assign, self.key_of = memoized(buckets.assign), memoized(self._keys)
         self.work: dict[str, Work] = {}

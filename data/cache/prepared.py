@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Self, overload
 
 import torch
 from torch import Tensor
 
 from data.cache.embeddings import unpack
-from data.cache.latents import LatentEntry
+from data.cache.image_digests import pixel_digest
+from data.cache.latents import LatentEntry, LatentPlan
 from data.cache.pruning import Lease
 from data.cache.store import Cache
 from data.sources.images import Picture
@@ -49,6 +50,16 @@ class CachedDataset:
     pixels: Sequence[str] = ()  # likewise, but equal for copies that differ only in metadata
     references: tuple[tuple[str, ...], ...] = ()  # such digests of each sample's references
     lease: Lease | None = field(default=None, compare=False, repr=False)  # prevents pruning while this object exists
+
+    @classmethod
+    def from_plan(cls, plan: LatentPlan, prompts: Mapping[str, str], lease: Lease | None = None) -> Self:
+        """Return the cached form of the samples of a plan; `prompts` has the key of each prompt's embedding."""
+        targets = [plan.work[entry.key].picture for entry in plan.entries]
+        references = tuple(
+            tuple(pixel_digest(plan.work[key].picture) for key in entry.reference_keys) for entry in plan.entries
+        )
+        contents, pixels = HexDigests(targets, 0), HexDigests(targets, 1)
+        return cls(plan.cache, plan.entries, prompts, contents, pixels, references, lease)
 
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings (B, L, D) of prompts, read from the cache."""

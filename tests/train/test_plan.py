@@ -11,6 +11,7 @@ import pytest
 import torch
 from message_helpers import holds
 from omegaconf import OmegaConf
+from PIL import Image
 from planner_helpers import H200
 from train_helpers import compose, refusal
 
@@ -83,6 +84,21 @@ def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offlin
     assert re.search(seconds, out)
 
 
+def test_a_preview_is_a_new_picture_of_what_would_be_trained_without_a_model(run_command, offline, tmp_path):
+    settings = ["model=klein_base_4b", "model.path=/no/such/model", "dataset=demo", "steps=1", "device=cpu"]
+    preview, cache_dir = tmp_path / "new" / "batch.png", f"cache_dir={tmp_path / 'cache'}"
+    settings += [cache_dir, f"+preview={preview}", "buckets.resolution=128"]
+    code, out, err = run_command(*settings, task=plan.main)
+    assert (code, err) == (0, "")
+    assert f"as it would be trained: {preview}" in out
+    with Image.open(preview) as image:
+        assert image.size[0] == 1596  # four samples of one step
+    before = preview.read_bytes()
+    message = refusal(*settings, task=plan.main)
+    assert holds(message, "preview= ... exists and is not overwritten. Give another name")
+    assert preview.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -95,6 +111,7 @@ def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offlin
         (["memory=30gb"], "memory=30gb"),
         (["memory=auto", "memory.gpu_memory_gb=lots"], "memory.gpu_memory_gb=lots ... GB"),
         (["+memory.card=24"], "memory.card=24"),
+        (["+preview=batch.jpg"], "preview='batch.jpg' ... PNG ... +preview=batch.png"),
         (["memory.checkpointing=some"], "memory.checkpointing=some"),
         (["model.resolution=big"], "model.resolution=big"),
     ],

@@ -17,9 +17,9 @@ from torch import Tensor
 from data.buckets import Buckets
 from data.cache import Cache
 from data.cache.embeddings import EmbeddingPlan, plan_embeddings
-from data.cache.image_digests import Digests, pixel_digest
+from data.cache.image_digests import Digests
 from data.cache.latents import LatentPlan, plan_latents
-from data.cache.prepared import CachedDataset, HexDigests
+from data.cache.prepared import CachedDataset
 from data.cache.pruning import Lease, prune
 from data.sources import Source
 from data.sources.images import BadPicture, Picture
@@ -71,9 +71,12 @@ class CacheRequest:
         wanted = list(dict.fromkeys([*captions, "", *self.prompts]))
         return plan_embeddings(self.cache, wanted, identity, fp8=self.storage.endswith("fp8"))
 
-    def plan_latents(self) -> LatentPlan:
-        """Return the plan, and skip `samples` with bad images; too many of them are an error."""
-        identity = f"{fingerprint(self.source, 'vae')} float32"
+    def plan_latents(self, identity: str | None = None) -> LatentPlan:
+        """Return the plan, and skip `samples` with bad images; too many of them are an error.
+
+        `identity` is the encoder's, by default that of the autoencoder's files.
+        """
+        identity = f"{fingerprint(self.source, 'vae')} float32" if identity is None else identity
         plan = plan_latents(self.cache, self.samples, self.buckets, identity, self.reference_pixels, self.digests)
         if plan.bad:
             self.samples.leave_out(plan.bad)
@@ -202,12 +205,7 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     if pictures and (bad := fill(latents, load_autoencoder, "images", accelerator, request.share)):
         latents = latents.without(bad)
         request.samples.leave_out(latents.bad)
-    targets = [latents.work[entry.key].picture for entry in latents.entries]
-    contents, pixels = HexDigests(targets, 0), HexDigests(targets, 1)
-    references = tuple(
-        tuple(pixel_digest(latents.work[key].picture) for key in entry.reference_keys) for entry in latents.entries
-    )
-    return CachedDataset(cache, latents.entries, embeddings.keys, contents, pixels, references, lease)
+    return CachedDataset.from_plan(latents, embeddings.keys, lease)
 
 
 def remove_unused(request: CacheRequest, *others: CacheRequest) -> str:

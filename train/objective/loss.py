@@ -69,12 +69,20 @@ class MSE:
                     f"loss.{key}=0"
                 )
 
+    def drops_mask(self, seed: int, step: int, position: int) -> bool:
+        """Return whether the sample at a position of the global batch is trained without its mask in this step."""
+        generator = derived_generator(seed, "unmasked", step, position)
+        return bool(torch.rand((), generator=generator) < self.unmasked_probability)
+
+    def token_weights(self, mask: Tensor) -> Tensor:
+        """Return the weights of a mask in the loss, from 0 to 1."""
+        return mask.clamp(min=self.unmasked_weight)
+
     def with_drawn_masks(self, batch: Batch, seed: int, step: int) -> Batch:
         """Return the batch in which samples that are drawn by (seed, step, position) have no mask."""
         if batch.mask is None or not self.unmasked_probability:
             return batch
-        generators = (derived_generator(seed, "unmasked", step, position) for position in batch.positions)
-        drawn = torch.stack([torch.rand((), generator=one) for one in generators]) < self.unmasked_probability
+        drawn = torch.tensor([self.drops_mask(seed, step, position) for position in batch.positions])
         return replace(batch, mask=torch.where(drawn[:, None, None, None], 1.0, batch.mask))
 
     def __call__(
@@ -97,7 +105,7 @@ class MSE:
         if mask is None and weights is None:
             return self.mean(prediction, target, times)
         if mask is not None:
-            mask = mask.clamp(min=self.unmasked_weight)
+            mask = self.token_weights(mask)
         losses = mean_of_tokens(self.distances(prediction, target, times), mask)
         if mask is not None and base is not None:
             losses = losses + self.unmasked_prior * mean_of_tokens(self.distances(prediction, base, times), 1 - mask)
@@ -205,7 +213,7 @@ class DPO(MSE):
     def margins(self, prediction: Tensor, target: Tensor, mask: Tensor | None, base: Tensor) -> Tensor:
         """Return the margins (B,) of (2 B, n, C) tokens: chosen samples, then rejected ones; `base` is the base's."""
         if mask is not None:
-            mask = mask.clamp(min=self.unmasked_weight)
+            mask = self.token_weights(mask)
         errors, base_errors = (mean_of_tokens((one - target).square(), mask) for one in (prediction, base))
         chosen, rejected = (base_errors - errors).chunk(2)
         return self.beta / 2 * (chosen - rejected)

@@ -128,8 +128,8 @@ def application(known: Studio) -> FastAPI:
         return FileResponse(STATIC[name], headers={"Cache-Control": "no-cache"})
 
     @app.get("/image")
-    def image(path: str) -> Response:
-        """An image file of the opened folders; what is no image is not sent."""
+    def image(path: str, v: str = "") -> Response:
+        """An image file of the opened folders; what is no image is not sent. `v` makes a changed file another one."""
         file = known.workspace.resolve(path)
         with open_image(file) as opened:
             kind = (opened.format or "").lower()

@@ -14,7 +14,7 @@ import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as memoized
 from functools import cached_property
@@ -209,6 +209,29 @@ def check_folders(workspace: Workspace, places: Iterable[CaptionPlace]) -> None:
         workspace.resolve(folder or ".")
     for file in {place.file for place in places if place.file is not None}:  # each may be a link
         workspace.resolve(file)
+
+
+def check_files(workspace: Workspace, group: Any) -> int:
+    """Raise Refused if a dataset reads outside of the opened folders; return the number of its samples.
+
+    What is wrong with its samples is left to those who train them.
+    """
+    if not isinstance(group, dict):
+        raise SettingError(f"dataset={group!r} must be a group of settings", "dataset")
+    check_own_targets("dataset", group)
+    check_places(workspace, group)
+    places = list[CaptionPlace]()
+    token = CAPTION_PLACES.set(places)
+    try:
+        with warnings_of_data(), suppress(BadData):
+            instantiate("dataset", skipping_all(group))
+    finally:
+        CAPTION_PLACES.reset(token)
+    check_folders(workspace, places)
+    for picture in (picture for place in places for picture in place.sample.pictures):
+        if isinstance(picture.open, FileOpener):
+            workspace.resolve(picture.open.path)
+    return len(places)
 
 
 def skipping_all(group: Any) -> Any:

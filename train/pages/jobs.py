@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request, Response
 
 from train.checkpoints.checkpoint import CONFIG_FILE
 from train.pages.base import Form, page, studio
+from train.pages.run_files import version
+from train.reports.batch_sheet import FIRST_BATCH
 
 router = APIRouter()
 
@@ -38,12 +40,15 @@ def output(request: Request, number: int) -> Response:
     known = studio(request)
     job = known.queue.job(number)
     folder = Path(job.folder) if job.folder else None
+    sheet = None if folder is None else folder / FIRST_BATCH
     return page(
         request,
         "job_output.html",
         job=job,
         output=known.queue.tail(number),
         folder="" if folder is None else known.workspace.show(folder),
+        file=sheet,
+        version=None if sheet is None else version(sheet),
         is_run=folder is not None and (folder / CONFIG_FILE).is_file(),
     )
 

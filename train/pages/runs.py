@@ -27,6 +27,7 @@ from train.pages.run_files import FINISHED, RUNNING
 from train.pages.settings import command as train_command
 from train.pages.settings import compose
 from train.pages.workspace import Refused
+from train.reports.batch_sheet import FIRST_BATCH
 from train.reports.run_pictures import training_cells
 from train.reports.run_report import REPORT, loss_charts
 from train.utils.files import MOST_YAML
@@ -127,6 +128,10 @@ def picture_values(known: Studio, run: Path) -> dict[str, Any]:
     }
 
 
+def batch_values(known: Studio, run: Path) -> dict[str, Any]:
+    return {"file": run / FIRST_BATCH, "version": run_files.version(run / FIRST_BATCH)}
+
+
 # in the order of the page
 PARTS: dict[str, Callable[[Studio, Path], dict[str, Any]]] = {
     "now": now_values,
@@ -134,6 +139,7 @@ PARTS: dict[str, Callable[[Studio, Path], dict[str, Any]]] = {
     "verdict": verdict_values,
     "charts": chart_values,
     "pictures": picture_values,
+    "batch": batch_values,
 }
 
 

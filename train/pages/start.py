@@ -15,8 +15,14 @@ from train import plan as planning
 from train.cli.errors import USER_ERRORS
 from train.pages import settings as forms
 from train.pages.base import Form, Studio, page, studio
+from train.pages.datasets import check_files
 from train.pages.settings import SettingError
+from train.pages.workspace import Refused
 from train.planner.gpus import SIZES
+from train.reports.batch_sheet import WIDTH
+from train.reports.html import data_uri
+from train.stages.first_batch import plan_first_batch
+from train.utils.text import many
 
 router = APIRouter()
 USE_CASES = ("style", "character", "object", "edit", "slider")
@@ -30,6 +36,7 @@ FIRST = (  # what is asked first; everything else is in the list of all settings
     "optimizer.lr",
     "sample.prompts",
 )
+MOST_SAMPLES = 2000  # of a dataset that is read while the page waits
 MISSING = "???"  # a value that has to be given
 
 
@@ -156,6 +163,30 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
             ).body
         ).decode()
     }
+
+
+@router.post("/start/batch")
+def batch(request: Request, chosen: StartForm) -> dict[str, str]:
+    """The first samples as the form would train them: a picture, made at once where the images are here and few."""
+    known = studio(request)
+    overrides = overrides_of(known, chosen)
+    config, began = forms.compose(overrides), time.monotonic()
+    command = forms.typed_command([*overrides, "+preview=batch.png"], "plan")
+    try:
+        classes = config.preservation.get("dataset")
+        groups = [config.dataset] if classes is None else [config.dataset, classes]
+        plain = [OmegaConf.to_container(group, resolve=True, throw_on_missing=True) for group in groups]
+        count = sum(check_files(known.workspace, group) for group in plain)
+        if count > MOST_SAMPLES:
+            raise ValueError(f"{many(count, 'image')} are too many to read while a page waits. Type: {command}")
+        first = plan_first_batch(planning.make_plan(config).run)
+        image = data_uri(first.sheet(), WIDTH)
+    except Refused:
+        raise
+    except USER_ERRORS as error:
+        raise forms.error_of(error, overrides) from error
+    values = {"image": image, "seconds": time.monotonic() - began, "command": command}
+    return {"html": bytes(page(request, "start_batch.html", **values).body).decode()}
 
 
 @router.post("/start/run")

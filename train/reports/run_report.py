@@ -28,12 +28,13 @@ from train.evaluation.results import Evaluation, row_name
 from train.reports import html as page
 from train.reports import plots
 from train.reports import run_pictures as pictures
+from train.reports.batch_sheet import FIRST_BATCH
 from train.reports.html import Table, number
 from train.reports.plots import Curve
 from train.reports.run_pictures import Pair
 from train.tracking.metrics import read_metrics, series
 from train.utils.console import warn
-from train.utils.files import write_whole
+from train.utils.files import read_image, write_whole
 from train.utils.redact import masked, masked_command, masked_text
 
 LIVE_SECONDS = 10.0  # between two reports while a run trains
@@ -201,6 +202,7 @@ def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: s
         evaluated_by=evaluated_by,
         pairs=pictures.kept_pairs(folder),
         images=images,
+        first_batch=read_image(folder / FIRST_BATCH),
         strengths=pictures.strength_cells(evaluations[0]) if evaluations else [],
         charts=loss_charts(runs),
         loss_tables=[loss_table(run) for run in runs],

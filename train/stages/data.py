@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import constants
@@ -59,7 +60,8 @@ class TrainingData:
     """The data that one run trains and validates on."""
 
     prepared: PreparedData  # all samples of the dataset
-    names: Sequence[str]  # of the training samples, in the order of the loader's indices
+    samples: Sequence[Sample]  # that are trained, in the order of the loader's indices
+    names: Sequence[str]  # of these samples
     manifest: TrainedData  # content digests of the training samples, so that a resumed run detects changes
     models: Mapping[str, str]  # digests of the models that are trained on, likewise
     loader: Loader  # of this process's micro-batches
@@ -126,6 +128,15 @@ def sample_captions(config: RunConfig, samples: Iterable[Sample], count: int | N
     found = first_captions(samples, config.sample.captions if count is None else count)
     usable = [(caption, files) for caption, files in found if all(files)]
     return config.with_prompts([caption for caption, _ in usable], [files for _, files in usable])
+
+
+def announce_start(config: RunConfig, folder: Path, data: TrainingData, parameters: int) -> RunConfig:
+    """Say what is trained, and return what `announce_samples` returns."""
+    config.say(
+        f"{many(len(data.names), 'sample')}, {parameters:,} trained parameters, "
+        f"{many(config.settings.steps, 'step')} in {folder}"
+    )
+    return announce_samples(config, data.prepared.samples)
 
 
 def announce_samples(config: RunConfig, samples: Iterable[Sample]) -> RunConfig:
@@ -230,15 +241,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     # may change: only keys of one dtype are compared.
     encoder = f"the text encoder in {str(config.precision.dtype).removeprefix('torch.')}"
     models = {"the transformer": fingerprint(config.source, "transformer"), encoder: cached.prompts[""]}
-    shards = {
-        "gradient_accumulation": settings.gradient_accumulation,
-        "num_processes": config.accelerator.num_processes,
-        "process_index": config.accelerator.process_index,
-    }
-    used = ("batch_size", "seed", "caption_dropout", "reference_dropout")
-    given = {key: getattr(settings, key) for key in used} | {"batch_of": batch_of(config, settings.batch_size)}
-    loader = make_loader(samples, entries, cached, **shards, **given)
-    prior = class_loader(config, prepared.classes, **shards)
+    loader, prior = make_loaders(config, prepared, training, config.accelerator.num_processes)
     for reader, what in ((loader, "samples"), *([(prior.loader, "class images")] if prior else [])):
         if note := repeats(reader, what):
             config.say(note)
@@ -246,7 +249,24 @@ def prepare_data(config: RunConfig) -> TrainingData:
     noise = config.validation.seed, config.validation.times
     validator = FixedNoiseLoss(cached, chosen, *noise, config.processes.map, settings.batch_size) if chosen else None
     names = manifest.names[: len(samples)]
-    return TrainingData(prepared, names, manifest, models, loader, prior, validator)
+    return TrainingData(prepared, samples, names, manifest, models, loader, prior, validator)
+
+
+def make_loaders(
+    config: RunConfig, prepared: PreparedData, training: Sequence[int], processes: int
+) -> tuple[Loader, ClassPictures | None]:
+    """Return this process's loaders of the samples with the indices `training`, and of the class images, if any."""
+    settings, cached = config.settings, prepared.cached
+    shards = {
+        "gradient_accumulation": settings.gradient_accumulation,
+        "num_processes": processes,
+        "process_index": config.accelerator.process_index,
+    }
+    used = ("batch_size", "seed", "caption_dropout", "reference_dropout")
+    given = {key: getattr(settings, key) for key in used} | {"batch_of": batch_of(config, settings.batch_size)}
+    samples, entries = [prepared.samples[i] for i in training], [cached.entries[i] for i in training]
+    loader = make_loader(samples, entries, cached, **shards, **given)
+    return loader, class_loader(config, prepared.classes, **shards)
 
 
 def repeats(loader: Loader, what: str) -> str | None:

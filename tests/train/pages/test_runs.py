@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from html import unescape
 from io import BytesIO
 
@@ -114,6 +115,23 @@ def test_a_run_shows_curves_recommendation_problems_and_commands(page, folder):
     whole = page.get("/runs/one", params={"folder": str(run)}).text
     assert "data-copy>python train/run.py +experiment=tarot" in whole
     assert "<h1>cards/run</h1>" in whole
+
+
+def test_the_first_batch_is_shown_once_it_is_written(studio_page, tmp_path):
+    page = studio_page(known=lambda command: True)
+    folder = page.known.workspace.outputs / "cards" / "run"
+    run = logged_run(folder, 0)
+    assert part(page, run, "batch").strip() == ""
+    Image.new("RGB", (40, 20), "red").save(run / "first_batch.png")
+    address = unescape(re.search(r'<img src="([^"]*)"', part(page, run, "batch"))[1])
+    answer = page.get(address)
+    assert answer.headers["content-type"] == "image/png"
+    assert Image.open(BytesIO(answer.content)).getpixel((5, 5)) == (255, 0, 0)
+    job = page.known.queue.add("train", [sys.executable, "-c", ""], folder=run)  # whose page is there before the run's
+    assert address in unescape(page.get(f"/jobs/{job.number}/live").text)
+    (run / "first_batch.png").rename(tmp_path / "elsewhere.png")
+    (run / "first_batch.png").symlink_to(tmp_path / "elsewhere.png")
+    assert page.get(address).status_code == 403
 
 
 def test_sample_grids_are_compared_over_the_steps_from_addresses(page, folder):

@@ -3,12 +3,16 @@
 import re
 import shlex
 import sys
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from message_helpers import holds
+from PIL import Image
 
 from train.pages import settings as forms
+from train.pages import start
 from train.pages.queue import ROOT, Queue, is_known
 from train.pages.settings import SettingError
 
@@ -80,6 +84,41 @@ def test_a_plan_is_drawn_with_its_command(page):
     assert "train/run.py model=klein_base_4b &#39;name=my run&#39;" in text
     assert "+card=24" in text
     assert text.count('class="phase"') >= 4
+
+
+def test_a_look_at_a_batch_shows_what_is_trained_first_and_its_command(page, tmp_path, monkeypatch):
+    folder = page.known.workspace.folders[0] / "cards"
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((160, 200), 90).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a <b>card</b>")
+    sent = {"groups": {"model": "tiny", "dataset": "folder"}, "values": {"dataset.path": "cards"}}
+    answer = page.submit("/start/batch", **sent)
+    assert answer["status"] == 200, answer
+    kind, _, content = re.search(r'src="data:image/(\w+);base64(,)([^"]+)"', answer["html"]).groups()
+    with Image.open(BytesIO(b64decode(content))) as image:
+        assert (kind, image.width) == ("jpeg", 1596)
+    assert "train/plan.py model=tiny dataset=folder dataset.path=cards +preview=batch.png" in answer["html"]
+    assert 'data-post="/start/batch"' in page.get("/start").text
+    assert page.known.queue.jobs() == []
+
+    (folder / "1.txt").write_text("")
+    answer = page.submit("/start/batch", **sent)
+    assert (answer["status"], holds(answer["error"], "1.png has an empty caption")) == (400, True)
+    (folder / "1.txt").unlink()
+    (tmp_path / "secret.txt").write_text("a secret")
+    (folder / "1.txt").symlink_to(tmp_path / "secret.txt")
+    assert page.submit("/start/batch", **sent)["status"] == 403
+    (folder / "1.txt").unlink()
+    (folder / "1.txt").write_text("a card")
+    (folder / "2.png").rename(tmp_path / "2.png")
+    (folder / "2.png").symlink_to(tmp_path / "2.png")
+    assert page.submit("/start/batch", **sent)["status"] == 403
+    (folder / "2.png").unlink()
+    (folder / "2.txt").unlink()
+    monkeypatch.setattr(start, "MOST_SAMPLES", 1)
+    answer = page.submit("/start/batch", **sent)
+    assert holds(answer["error"], "2 images are too many ... Type: python ... +preview=batch.png")
 
 
 def test_a_started_run_is_in_the_queue_with_its_folder_and_what_differs_alone(page, monkeypatch):

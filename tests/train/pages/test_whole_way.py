@@ -122,6 +122,9 @@ def test_from_a_folder_of_images_to_a_file_for_another_program(served, tmp_path)
         fill(browser, "steps", "20")
         press(browser, "Plan")
         until(lambda: "each is trained 2.5 times" in shown(browser))
+        press(browser, "Look at a batch")
+        until(lambda: browser.js("document.querySelector('#batch img')?.naturalWidth") == 1596)
+        assert "each is trained 2.5 times" in shown(browser)
         look(browser, shots, "start")
 
         # a run, which goes on while the studio is killed and started again

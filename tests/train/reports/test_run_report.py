@@ -1,6 +1,8 @@
 import json
 import re
+from base64 import b64decode
 from html import unescape
+from io import BytesIO
 
 import pytest
 from browser import CHROMIUM, NONE, Browser
@@ -113,6 +115,17 @@ def test_the_page_says_what_was_measured_masks_secrets_and_escapes_texts(run, ma
     for found in ("step 40 1.8000", "nearer than 100% of the training images", "step 40 1 of 2", "8 (8 to 8)"):
         assert found in words  # 1.8 is the last validation loss: 2 - 0.8 + 0.5 + 0.1
     assert "Each of the 9 training images is 5.000 from its nearest other (median; 1.000 to 9.000)" in words
+
+
+def test_the_first_batch_is_in_the_report(run):
+    assert "The first batch" not in run_report.write(run).read_text()
+    Image.new("RGB", (1596, 900), "red").save(run / "first_batch.png")
+    text = run_report.write(run).read_text()
+    assert "The first batch, as trained" in text
+    content = re.search(r'src="data:image/jpeg;base64,([^"]+)" alt="the first training samples', text)[1]
+    assert Image.open(BytesIO(b64decode(content))).size == (1596, 900)
+    (run / "first_batch.png").write_bytes(b"\x89PNG\r\n\x1a\n half")
+    assert "The first batch" not in run_report.write(run).read_text()
 
 
 def test_nothing_is_fetched_by_the_page(run):

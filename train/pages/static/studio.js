@@ -106,7 +106,7 @@ const send = async event => {
   for (const button of buttons) button.disabled = false;
   if (found.redirect) { location.assign(found.redirect); return; }
   if (found.html !== undefined) {
-    const into = document.querySelector(form.getAttribute('data-into'));
+    const into = document.querySelector((event.submitter && event.submitter.dataset.into) || form.getAttribute('data-into'));
     into.innerHTML = found.html;
     start(into);
   }
