@@ -143,7 +143,7 @@ def report_results(
     """Write grid and numbers into the run folder; print the results, and how to generate more images."""
     folder = adapter.parent
     grid.save(folder / "grid.png", optimize=True)
-    (folder / name).write_text(json.dumps(numbers, indent=2) + "\n")
+    (folder / name).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     run.say(f"\ntrained in {numbers['training_seconds']:.0f} s")
     for sentence in judged:
         run.say(sentence)

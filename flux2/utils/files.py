@@ -67,7 +67,7 @@ def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[Non
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a file; an error names it."""
     with name_write_errors(path):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:

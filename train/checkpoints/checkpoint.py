@@ -67,7 +67,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state file. Raises ValueError, naming the file, if it is invalid."""
     file = checkpoint / STATE_FILE
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise unusable(checkpoint, f"{file} cannot be read ({error})") from error
     counts = [found.get(key) for key in ("step", "images_per_step")] if isinstance(found, dict) else [None]

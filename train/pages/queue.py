@@ -148,10 +148,13 @@ def is_known(command: Sequence[str]) -> bool:
 def secret_of(file: Path) -> str:
     """Return the secret in `file`, which only its owner reads; it is made if there is none."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with suppress(FileExistsError), os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+    with (
+        suppress(FileExistsError),
+        os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as new,
+    ):
         new.write(secrets.token_urlsafe(32) + "\n")
     os.chmod(file, 0o600)
-    secret = file.read_text().strip()
+    secret = file.read_text(encoding="utf-8").strip()
     if len(secret) < 16:
         raise ValueError(f"{file} holds no secret. Delete it, and the next start makes a new one")
     return secret
@@ -228,7 +231,9 @@ class Queue:
             for job in reversed(jobs):
                 own = hmac.compare_digest(job.seal, self.seal(job.number, job.command))
                 if job.state == WAITING and not (own and self.known(job.command)):
-                    self.log(job.number).write_text("error: this is no command that the studio starts\n")
+                    self.log(job.number).write_text(
+                        "error: this is no command that the studio starts\n", encoding="utf-8"
+                    )
                     write_job(self.file(job.number), replace(job, state=FAILED, ended=time.time()))
                 elif job.state == WAITING and job.device not in busy:
                     busy.add(job.device)

@@ -62,7 +62,7 @@ class Setting:
 def comments(file: Path) -> dict[str, str]:
     """Return the comment of each key of a YAML file of conf/, by dotted name; under "" that of the whole file."""
     found, path, above, last = dict[str, str](), list[tuple[int, str]](), list[str](), ""
-    for number, line in enumerate(file.read_text().split("\n")):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")):
         text = line.strip()
         if text.startswith("#"):
             words = text.lstrip("# ")
@@ -90,7 +90,7 @@ def comments(file: Path) -> dict[str, str]:
 def groups() -> dict[str, list[str]]:
     """Return the groups of conf/ that a run chooses from, with their choices; experiment first."""
     found = {"experiment": choices("experiment")}
-    for line in yaml.safe_load((CONFIG / "train.yaml").read_text())["defaults"]:
+    for line in yaml.safe_load((CONFIG / "train.yaml").read_text(encoding="utf-8"))["defaults"]:
         if isinstance(line, dict) and not next(iter(line)).startswith("override"):
             found[next(iter(line))] = choices(next(iter(line)))
     return found
@@ -103,7 +103,7 @@ def choices(group: str) -> list[str]:
 def about(group: str, choice: str) -> str:
     """Return the comment at the head of a choice's file; empty if it has none."""
     file = CONFIG / group / f"{choice}.yaml"
-    lines = file.read_text().split("\n") if choice in choices(group) else []
+    lines = file.read_text(encoding="utf-8").split("\n") if choice in choices(group) else []
     return "\n".join(line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line)
 
 

@@ -105,7 +105,9 @@ def note_command(folder: Path, overrides: Sequence[str], processes: int = 1, *, 
     """Keep the command that starts a run, without secrets; `resumed` appends it to the earlier ones."""
     line = launch_command(overrides, processes, ("output_dir",) if resumed else ("output_dir", "resume"))
     file = folder / COMMANDS
-    write_whole(file, f"{file.read_text(errors='replace') if resumed and file.is_file() else ''}{line}\n")
+    write_whole(
+        file, f"{file.read_text(errors='replace', encoding='utf-8') if resumed and file.is_file() else ''}{line}\n"
+    )
 
 
 def loss_charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class Lock:
         self._handle: IO[str] | None = None
         while True:
             try:
-                handle = self.file.open("a")
+                handle = self.file.open("a", encoding="utf-8")
             except OSError as error:
                 raise ValueError(f"{self.file} cannot be written ({reason(error)}). Set another output_dir") from error
             if _lock(handle) is False:
@@ -75,7 +75,9 @@ def _lock(file: IO[str]) -> bool | None:
 def in_use(folder: Path) -> bool:
     """Return whether a run is writing into `folder`."""
     try:
-        with (folder / LOCK_FILE).open("a" if os.access(folder / LOCK_FILE, os.W_OK) else "r") as file:
+        with (folder / LOCK_FILE).open(
+            "a" if os.access(folder / LOCK_FILE, os.W_OK) else "r", encoding="utf-8"
+        ) as file:
             return _lock(file) is False
     except OSError:  # there is no lock file, or another user's cannot be read
         return False
