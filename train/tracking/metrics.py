@@ -127,7 +127,7 @@ class Metrics:
             shutil.copyfile(file, copy)
             warn(f"{file} has {many(bad, 'line')} that cannot be used and will be removed; a copy is {copy}")
         with atomic_write(file) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8", newline="\n")
 
     def close(self) -> None:
         """Write what is unwritten, and finish the tracker, also after a failed run; do nothing before `start`."""
