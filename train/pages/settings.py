@@ -7,7 +7,6 @@ objects that it names, and no interpolation, which could read the environment (`
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flux2.utils.text import join_words
 from train.cli.errors import format_error, in_quotes
 from train.cli.start import prepare_hydra
 from train.config.instantiate import check_own_targets
@@ -253,4 +253,4 @@ def command(overrides: Sequence[str], program: str = "run") -> list[str]:
 
 def typed_command(overrides: Sequence[str], program: str = "run") -> str:
     """Return `command` as one types it in a shell."""
-    return shlex.join(["python", *command(overrides, program)[1:]])
+    return join_words(["python", *command(overrides, program)[1:]])
