@@ -7,6 +7,7 @@ name would never end.
 import errno
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a quota, a limit on file sizes
+MOVE_SECONDS = 3.0
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -31,9 +33,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes what is open for writing
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
     except OSError as error:  # of a full disk, a quota or a limit on file sizes
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
@@ -42,9 +44,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file, replacing `target`, or a folder where there is none; as in flux2.utils.files.
+
+    Windows refuses that while any process has the file open, or one in the folder, such as a virus scanner: there it
+    is tried for some seconds.
+    """
+    until = time.monotonic() + MOVE_SECONDS
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+
+
 def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to read it. Raise OSError if it does not exist or is a pipe, a socket or a device."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # Windows has no pipes among its files
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError("it is not a regular file")

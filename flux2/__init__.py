@@ -36,6 +36,10 @@ if sys.platform == "linux" and not os.environ.keys() & set(HEAP_VARIABLES):
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
+# Windows writes files and pipes in a code page of 256 characters; any other one, as in a name, becomes an escape.
+if sys.platform == "win32" and hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="backslashreplace")
+
 # bitsandbytes, imported by PEFT, warns on some CPUs that a kernel could not be downloaded; flux2 does not use it
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

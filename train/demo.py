@@ -24,7 +24,6 @@ if __name__ == "__main__":  # train/ comes first in sys.path and would hide libr
     start_command()  # before the imports below: they take seconds, and --help needs none of them
 
 import json
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -37,6 +36,7 @@ from torch import Tensor
 from data.synthetic import probe
 from flux2.adapters import adapters_disabled
 from flux2.pipeline import Pipeline
+from flux2.utils.text import join_words
 from train.checkpoints.resume import RunLocation
 from train.cli.app import command
 from train.config.run_config import RunConfig
@@ -143,15 +143,15 @@ def report_results(
     """Write grid and numbers into the run folder; print the results, and how to generate more images."""
     folder = adapter.parent
     grid.save(folder / "grid.png", optimize=True)
-    (folder / name).write_text(json.dumps(numbers, indent=2) + "\n")
+    (folder / name).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     run.say(f"\ntrained in {numbers['training_seconds']:.0f} s")
     for sentence in judged:
         run.say(sentence)
     run.say(f"\nbefore and after  {folder / 'grid.png'}")
     run.say(f"all numbers       {folder / name}")
     run.say(f"the adapter       {adapter}")
-    command_line = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
-    run.say(f"more images       {command_line} {shlex.join(use)}")
+    python = "python" if sys.platform == "win32" else sys.executable  # PowerShell starts no path in quotes
+    run.say(f"more images       {join_words([python, '-m', 'flux2.generate', '--adapter', str(adapter), *use])}")
     if run.accelerator.is_main_process and (page := run_report.write_or_warn(folder, pairs)):
         run.say(f"the report        {page}")
 

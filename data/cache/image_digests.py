@@ -25,7 +25,6 @@ from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from data.memory import in_parts
 from data.sources.images import KNOWN_FILES, BadPicture, Header, Picture
@@ -301,7 +300,7 @@ def _is_valid(digests: Any, width: Any, height: Any) -> bool:
 
 
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
-    uri = f"file://{quote(os.fsencode(file.absolute()))}?mode={mode}"  # a path may begin with //, like a host
+    uri = f"{file.absolute().as_uri()}?mode={mode}"
     # any thread may run the garbage collector, which closes it
     return sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
 

@@ -28,6 +28,7 @@ RECORD = np.dtype([("key", "<u8", 2), ("begin", "<u8"), ("size", "<u8"), ("form"
 WORDS = RECORD.itemsize // 8
 # odd factors: a record that is torn, zeroed or shifted has another sum
 FACTORS = np.array([0x9E3779B97F4A7C15 * (2 * number + 1) % 2**64 for number in range(WORDS - 1)], dtype=np.uint64)
+BINARY = getattr(os, "O_BINARY", 0)  # else Windows translates ends of lines
 SALT = np.uint64(0x464C5558)  # a record of zeros is none
 
 Shapes = dict[str, tuple[int, ...]]  # shape of each tensor of an entry
@@ -197,9 +198,9 @@ class PackWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = self.folder / f"{time.time_ns():016x}-{uuid.uuid4().hex[:16]}"  # in the order of time
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        pack = os.open(f"{name}.pack", flags, 0o666)
+        pack = os.open(f"{name}.pack", flags | BINARY, 0o666)
         try:
-            self._files = pack, os.open(f"{name}.index", flags, 0o666)
+            self._files = pack, os.open(f"{name}.index", flags | BINARY, 0o666)
         except OSError:
             os.close(pack)
             raise

@@ -41,7 +41,7 @@ class Lease:
         if fcntl is None or not cache.shared or not cache.folder.is_dir():
             return
         try:
-            self._file = (cache.folder / LOCK_FILE).open("a")
+            self._file = (cache.folder / LOCK_FILE).open("a", encoding="utf-8")
             fcntl.flock(self._file, fcntl.LOCK_SH)
         except OSError:
             self.close()
@@ -64,7 +64,7 @@ def prune(cache: Cache, used: Collection[str]) -> Removed:
     """
     if not cache.folder.is_dir():
         return {}
-    with (cache.folder / LOCK_FILE).open("a") as lock:
+    with (cache.folder / LOCK_FILE).open("a", encoding="utf-8") as lock:
         _lock_alone(lock, cache.folder)
         removed: Removed = {}
         for path in sorted(cache.folder.glob("[0-9a-f][0-9a-f]/*.safetensors")):

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data.cache.packs import MAX_HEADER, Packs, PackWriter, Place, form_of
+from data.cache.packs import BINARY, MAX_HEADER, Packs, PackWriter, Place, form_of
 from data.files import atomic_write, user_path
 from data.memory import in_parts
 
@@ -118,7 +118,7 @@ class Cache:
     def _has_file(self, key: str, name: str, shape: Shape) -> bool:
         """Return whether there is a complete file with a tensor `name` of `shape`; reads only its header."""
         try:  # system calls instead of pathlib: a start may check 100,000 entries
-            file = os.open(f"{self._root}{key[:2]}{os.sep}{key}.safetensors", os.O_RDONLY)
+            file = os.open(f"{self._root}{key[:2]}{os.sep}{key}.safetensors", os.O_RDONLY | BINARY)
         except OSError:
             return False
         try:

@@ -68,7 +68,7 @@ class MappedFiles:
 def _mappings() -> Iterator[_Mapping]:
     """Yield the files that are mapped only to be read, and still have their path."""
     with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+        for line in Path("/proc/self/maps").read_text(errors="surrogateescape", encoding="utf-8").splitlines():
             addresses, access, offset, _, inode, *path = line.split(None, 5)
             with suppress(OSError):  # deleted, or no file
                 if path and access.startswith("r--") and stat(path[0]).st_ino == int(inode):

@@ -35,7 +35,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import find_variant
 from flux2.quantization.base import QuantizedLinear
 from flux2.utils import checks
-from flux2.utils.files import name_write_errors, user_path, write_text
+from flux2.utils.files import move, name_write_errors, user_path, write_text
 from flux2.utils.text import listed
 from flux2.weights.modelspec import metadata
 from flux2.weights.streaming_writer import write_safetensors
@@ -119,7 +119,8 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
                 wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
             written = written if name == "default" else written / name  # PEFT writes other names to a subfolder
         # PEFT's file again, with checksums in its header; the first is renamed, because its tensors are mapped from it
-        unsealed = (written / PEFT_FILE).rename(written / f".{PEFT_FILE}")
+        unsealed = written / f".{PEFT_FILE}"
+        move(written / PEFT_FILE, unsealed)
         peft_config.sort_layers(written)
         write_safetensors(
             written / PEFT_FILE, load_file(unsealed), {"format": "pt", **config_hash(written), **scheduled}
@@ -138,7 +139,7 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
         for file in files:
             file.chmod(readable)
         for file in sorted(files, key=lambda path: path.name == PEFT_FILE):
-            file.replace(folder / file.name)
+            move(file, folder / file.name)
 
 
 def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:

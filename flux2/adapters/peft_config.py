@@ -158,7 +158,7 @@ def check_keys(config: peft.PeftConfig, settings: Mapping[str, Any], where: str)
 
 def sort_layers(folder: Path) -> None:
     """Sort the layers in a configuration that PEFT wrote, in the order of a set: another one in each process."""
-    content = json.loads((folder / PEFT_CONFIG).read_text())
+    content = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     content["target_modules"] = sorted(content["target_modules"])
     write_text(folder / PEFT_CONFIG, json.dumps(content, indent=2, sort_keys=True))
 

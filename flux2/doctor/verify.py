@@ -65,7 +65,7 @@ def known_hash(file: Path) -> str | None:
     for folder in file.parents:
         about = folder / ".cache" / "huggingface" / "download" / f"{file.relative_to(folder)}.metadata"
         if about.is_file():
-            lines = about.read_text(errors="replace").splitlines()
+            lines = about.read_text(errors="replace", encoding="utf-8").splitlines()
             return lines[1] if len(lines) > 1 and HASH.fullmatch(lines[1]) else None
     return header_hash(read_header(file)[1]) if file.suffix == ".safetensors" else None
 

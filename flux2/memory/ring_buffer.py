@@ -14,6 +14,7 @@ memory on its own stream, concurrently with the compute.
 
 import contextlib
 import mmap
+import sys
 import warnings
 import weakref
 from collections.abc import Collection, Sequence
@@ -64,7 +65,8 @@ class CudaCopier(Copier):
         """Return host memory, pinned if the system allows it; the first refusal is reported as a warning."""
         # own pages, because memory is pinned by pages and PyTorch's pinned allocator rounds up to a power of two
         # and private, because containers limit shared memory
-        pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+        pages = mmap.mmap(-1, max(size, 1), **private)
         memory = np.frombuffer(pages, np.uint8)
         if self.pins and not pin(memory, self.place):
             self.pins = False

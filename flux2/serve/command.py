@@ -38,7 +38,8 @@ def server_token(host: str) -> str | None:
 def bind_socket(host: str, port: int) -> socket.socket:
     """Return a bound socket that does not listen yet. Raises ValueError if the address is in use or not local."""
     opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name != "nt":  # Windows would let two processes have one port
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((host, checks.integer("--port", port, 0, 65535)))
     except OSError as error:

@@ -7,7 +7,7 @@ the oldest one without a request makes room.
 """
 
 import asyncio
-import resource
+import sys
 from typing import Any
 
 import h11
@@ -26,6 +26,10 @@ OWN_FILES = 64  # descriptors for everything but connections
 
 def most_connections() -> int:
     """Return the number of connections that leave file descriptors for everything else."""
+    if sys.platform == "win32":  # it has no limit on sockets that a process would reach
+        return MOST_CONNECTIONS
+    import resource  # Windows has none
+
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ import xxhash
 from safetensors import SafetensorError
 
 UNFINISHED = re.compile(r"\..*\.([0-9a-f]{4})-(\d{1,9})-[0-9a-f]{4}\.part", re.DOTALL)  # of `temporary_path`
+MOVE_SECONDS = 3.0
 _CLEANED: set[str] = set()  # folders from which this process removed what killed processes left
 
 
@@ -65,9 +67,9 @@ def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[Non
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to a file; an error names it."""
+    """Write `text` to a file, the same bytes on every system; an error names it."""
     with name_write_errors(path):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -101,9 +103,14 @@ def checksum(file: Path, *, flush: bool = False) -> str:
     """Return the checksum (XXH3) of a file; with `flush` the file is on the disk afterwards."""
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, xxhash.xxh3_128)
-        if flush:
-            os.fsync(opened.fileno())
+    if flush:
+        _flush(file)
     return digest.hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("r+b" if os.name == "nt" else "rb") as opened:  # Windows flushes only what is open for writing
+        os.fsync(opened.fileno())
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -136,22 +143,39 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
         with name_write_errors(path, temporary):
             yield temporary
             for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+                _flush(file)
         if path.is_dir():
-            old = path.rename(temporary_path(path).with_suffix(".old"))  # no next start deletes it
+            old = temporary_path(path).with_suffix(".old")  # no next start deletes it
+            move(path, old)
             try:
-                temporary.rename(path)
+                move(temporary, path)
             except BaseException:
-                old.rename(path)
+                move(old, path)
                 raise
             _delete(old)
         elif replace:
-            temporary.replace(path)
+            move(temporary, path)
         else:
             _rename_to_new(temporary, path)
     finally:
         _delete(temporary)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file, replacing `target`, or a folder where there is none.
+
+    Windows refuses that while any process has the file open, or one in the folder, such as a virus scanner: there it
+    is tried for some seconds.
+    """
+    until = time.monotonic() + MOVE_SECONDS
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > until:
+                raise
+            time.sleep(0.02)
 
 
 def _rename_to_new(temporary: Path, path: Path) -> None:
@@ -162,7 +186,7 @@ def _rename_to_new(temporary: Path, path: Path) -> None:
     except OSError:  # a file system without hard links
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists") from None
-        temporary.replace(path)
+        move(temporary, path)
 
 
 def _delete(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM handled like Ctrl-C: a command removes its incomplete files and reports that it was stopped.
+"""SIGTERM and Windows' SIGBREAK handled like Ctrl-C: a command removes its incomplete files and says it was stopped.
 
 By default SIGTERM (from `kill`, `timeout` or a scheduler) ends Python at once and leaves incomplete files.
 """
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """The process received SIGTERM."""
+    """The process received SIGTERM, or SIGBREAK."""
 
 
 def terminate(*_: object) -> None:
@@ -19,15 +19,17 @@ def terminate(*_: object) -> None:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Context manager in which SIGTERM raises `Terminated`; it has no effect outside the main thread."""
+    """Context manager in which they raise `Terminated`; it has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+    before = {number: signal.signal(number, terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:

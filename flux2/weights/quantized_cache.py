@@ -186,7 +186,9 @@ class QuantizedCache:
                     self.write_new(model, copy)
                 self.note.parent.mkdir(exist_ok=True)
                 with atomic_write(self.note) as unfinished:
-                    unfinished.write_text(json.dumps({"content": content, "files": self.files.identities}))
+                    unfinished.write_text(
+                        json.dumps({"content": content, "files": self.files.identities}), encoding="utf-8"
+                    )
         except filelock.Timeout:
             return  # another process is writing it
         except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks

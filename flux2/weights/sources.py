@@ -54,7 +54,7 @@ class Fingerprints:
         if self._file is None or self._found == self._kept:
             return
         with atomic_write(self._file) as unfinished:
-            unfinished.write_text(json.dumps(self._found, indent=1, sort_keys=True))
+            unfinished.write_text(json.dumps(self._found, indent=1, sort_keys=True), encoding="utf-8")
         self._kept = dict(self._found)
 
 

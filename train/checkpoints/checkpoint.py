@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from flux2 import adapters
 from flux2.adapters.checksums import STATE_FILE
 from flux2.adapters.files import CHECKPOINT
-from flux2.utils.files import NotWritten, checksum, name_write_errors, write_text
+from flux2.utils.files import NotWritten, checksum, move, name_write_errors, write_text
 
 CONFIG_FILE = "config.yaml"  # the run's configuration; each checkpoint has a copy
 # names under which files are written before they are complete: `atomic_write`, `adapters.save`, `make_writable`
@@ -67,7 +67,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state file. Raises ValueError, naming the file, if it is invalid."""
     file = checkpoint / STATE_FILE
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise unusable(checkpoint, f"{file} cannot be read ({error})") from error
     counts = [found.get(key) for key in ("step", "images_per_step")] if isinstance(found, dict) else [None]
@@ -154,7 +154,7 @@ def save(
                 shutil.copyfile(run / CONFIG_FILE, unfinished / CONFIG_FILE)
             seal(unfinished, {"step": step, "base": base, **about})
         old = set_aside(place) if place.exists() else None  # the run resumed from an earlier step
-        unfinished.rename(place)
+        move(unfinished, place)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
     except NotWritten as error:
@@ -170,7 +170,8 @@ def set_aside(place: Path) -> Path:
     """Rename a checkpoint before its deletion, so that a kill in between leaves none that looks complete."""
     to_delete = place.with_name(f".{place.name}.old")
     shutil.rmtree(to_delete, ignore_errors=True)  # left by an earlier kill
-    return place.rename(to_delete)
+    move(place, to_delete)
+    return to_delete
 
 
 def remove_incomplete(folder: Path) -> None:

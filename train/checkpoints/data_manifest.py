@@ -56,7 +56,7 @@ class TrainedData:
         if digest == self.digest:
             return None
         try:
-            stored = json.loads((folder / DATA_FILE).read_text())
+            stored = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
             there = TrainedData(tuple(stored["names"]), tuple(stored["marks"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             there = None

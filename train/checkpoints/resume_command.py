@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from flux2.utils.text import join_words, split_words
 from train.distributed.launch import is_submitted, launch_command, submitted_command
 from train.utils.redact import MASK, masked_settings
 
@@ -34,7 +34,7 @@ def command_line(folder: Path) -> str:
     script = "train/run.py" if is_submitted() else sys.argv[0]
     start = submitted_command() if is_submitted() else launch_command(script)
     on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    command = shlex.join([*start, script, *map(masked_settings, words), f"resume={folder}"])  # logs are read by others
+    command = join_words([*start, script, *map(masked_settings, words), f"resume={folder}"])  # logs are read by others
     return f"ACCELERATE_USE_CPU=true {command}" if on_cpu else command
 
 
@@ -45,7 +45,7 @@ def words_from_record(command: str, config_text: str) -> tuple[int, list[str]]:
     Raises ValueError for what is no command of a training, lacks a secret, or names what is called or interpolated.
     """
     try:
-        words = shlex.split(command)
+        words = split_words(command)
     except ValueError as error:
         raise ValueError(f"the command cannot be read ({error})") from error
     start, settings = [], words
@@ -65,7 +65,7 @@ def words_from_record(command: str, config_text: str) -> tuple[int, list[str]]:
             raise ValueError(f"{word!r} can call any function or read any variable")
 
     def whole(found: re.Match[str]) -> str:
-        path = f"{home}/{found[1]}"
+        path = f"{home}{os.sep}{found[1]}"
         return path if path in config_text else found[0]
 
     settings = [word for word in settings if word.lstrip("+").partition("=")[0] not in NOT_REPEATED]

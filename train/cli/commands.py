@@ -105,7 +105,7 @@ def completions(words: Sequence[str]) -> list[str]:
         return [name for name in (*COMMANDS, "where", "completion") if name.startswith(last)]
     if before[0] not in COMMANDS or not COMMANDS[before[0]].composed:
         return []
-    content = yaml.safe_load((CONFIG / "train.yaml").read_text())
+    content = yaml.safe_load((CONFIG / "train.yaml").read_text(encoding="utf-8"))
     groups = [next(iter(line)) for line in content["defaults"] if isinstance(line, dict)]
     groups = [group for group in groups if (CONFIG / group).is_dir()]
     key, equals, _ = last.partition("=")

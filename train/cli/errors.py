@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from collections.abc import Sequence
 
 import hydra
@@ -19,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data.files import NO_ROOM
 from data.sources.base import BadData
 from flux2.utils.files import NotWritten
+from flux2.utils.text import quote_word
 from train.config.instantiate import unknown_setting
 from train.config.paths import CONFIG
 from train.utils.redact import may_be_secret
@@ -78,7 +78,7 @@ def quoted_override(word: str, *, sweep: bool = False) -> str | None:
             continue
         read = [choice.text for choice in found.value().list] if found.is_sweep_override() else found.value()
         if read == (items if is_list or choices else value):
-            forms.append(shlex.quote(f"{key}={whole}"))
+            forms.append(quote_word(f"{key}={whole}"))
     return min(forms, key=len, default=None)
 
 
@@ -95,7 +95,7 @@ def check_no_switches(words: Sequence[str], name: str = "train") -> None:
         value = next((word for word in following if not word.startswith("-") and "=" not in word), "true")
     known = known_settings(words, name)
     shown = f"{key}={'...' if may_be_secret(key) else value}"
-    remedy = f"Write {shlex.quote(shown)}" if key in known else unknown_setting(shown, known)
+    remedy = f"Write {quote_word(shown)}" if key in known else unknown_setting(shown, known)
     raise ValueError(f"{option}: settings are written without dashes, as key=value. {remedy}")
 
 

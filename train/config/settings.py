@@ -6,6 +6,8 @@ Constructing one checks it and raises ValueError with the key, its value and the
 from __future__ import annotations
 
 import math
+import re
+import sys
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -30,6 +32,7 @@ INIT_MODES = ("continue", "frozen")  # what a run does with the adapter that it 
 DTYPES = ("fp32", "bf16")  # of the trained weights
 BATCHES = ("images", "tokens")  # what batches of different buckets have as many of
 MOST = 1 << 20  # images in a batch, and micro-batches in a step
+NOT_ON_WINDOWS = re.compile(r'[<>:"\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 MOST_STEPS = 10**9  # a second each would take 30 years
 MOST_GB = 1e6  # of the memory of a device
 LEAST_NORM = 1e-6  # a gradient that is clipped to less is lost in rounding, and nothing is learned
@@ -122,6 +125,8 @@ class RunSettings(LoopSettings):
                 raise ValueError(f"{key}='' must not be empty: leave it out, or set null{origin}")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
+        if sys.platform == "win32" and NOT_ON_WINDOWS.search(self.name):
+            raise ValueError(f"name={self.name!r} is no name of a folder on Windows. Give letters, digits, - and _")
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,9 @@ def make_accelerator(device: str | None) -> Accelerator:
         environment["ACCELERATE_TORCH_DEVICE"] = str(chosen)
     if chosen.type == "cuda" and alone:
         torch.cuda.set_device(chosen.index or 0)  # what takes the current GPU takes this one
+    group: dict[str, Any] = {"timeout": PATIENCE}
+    if chosen.type == "cuda" and not alone and not torch.distributed.is_nccl_available():
+        group["backend"] = "gloo"  # Windows: gradients are averaged by the CPU
     # train/distributed/sharding.py shards the base, with or without GPUs; Accelerate would also wrap the adapter, and
     # without GPUs it would silently do nothing
     with patch_environment(**environment):
@@ -77,7 +80,7 @@ def make_accelerator(device: str | None) -> Accelerator:
             cpu=chosen.type == "cpu",  # else processes without a GPU do not connect and train the same run twice
             mixed_precision="no",
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
+                InitProcessGroupKwargs(**group),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # avoids a second copy of gradients
             ],
         )

@@ -56,12 +56,15 @@ def launched_to_shard(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def check_processes(processes: Processes) -> None:
-    """Raise ValueError if the base is to be sharded by one process."""
+    """Raise ValueError if the base is to be sharded by one process, or on GPUs without NCCL."""
     if processes.sharded and processes.accelerator.num_processes < 2:
         raise ValueError(
             "shard=true needs several processes, and this is one. Start with accelerate launch --multi_gpu "
             "--num_processes 2 ..., or set shard=false (and do not configure accelerate for FSDP)"
         )
+    on_gpus = processes.accelerator.device.type == "cuda"
+    if processes.sharded and on_gpus and not torch.distributed.is_nccl_available():
+        raise ValueError("shard=true needs NCCL, which PyTorch does not have on Windows. Train in WSL 2 or on Linux")
 
 
 def check_adapter(model: nn.Module) -> None:

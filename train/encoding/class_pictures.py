@@ -139,7 +139,7 @@ def draw(
         with name_process_in_errors(accelerator.process_index):
             make_writable(place, "preservation.folder")
             with atomic_write(place / "recipe.json") as temporary:
-                temporary.write_text(json.dumps(asdict(recipe), indent=1))
+                temporary.write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
             for index in set(range(count)).difference(undecoded):  # left by a process that was killed after decoding
                 latents_file(place, index).unlink(missing_ok=True)
         kept = count - len(undecoded)

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import re
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +30,7 @@ from data.sources import Bad, Captions, Sample, Source
 from data.sources.base import CAPTION_PLACES, BadData, CaptionPlace
 from data.sources.images import KNOWN_FILES, FileOpener, Header, Picture
 from data.sources.open_table import is_local
+from flux2.utils.text import split_words
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
 from train.pages import settings
 from train.pages.settings import SettingError
@@ -62,7 +62,7 @@ class Chosen:
         if self.path.strip():
             words.append(settings.override("dataset.path", self.path.strip()))
         try:
-            return [*words, *map(_checked, shlex.split(self.settings))]
+            return [*words, *map(_checked, split_words(self.settings))]
         except SettingError as error:
             raise SettingError(str(error), "settings") from error
         except ValueError as error:

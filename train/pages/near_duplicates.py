@@ -133,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = Chosen(options.dataset, options.path, options.settings)
     try:
-        opened = Library().read(Workspace([Path("/")]), chosen)
+        roots = [Path(place.resolve().anchor) for place in (Path.cwd(), user_path(options.path))]  # Windows has several
+        opened = Library().read(Workspace(roots), chosen)
         found = find(list({place.sample.name: place.sample.target for place in opened.places}.values()))
         options.into.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.into, json.dumps({"groups": found.groups, "stamps": found.stamps}))

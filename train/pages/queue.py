@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +146,27 @@ def is_known(command: Sequence[str]) -> bool:
     return True
 
 
+def _interrupt(pid: int) -> None:
+    """Ask a runner to stop. Raises ValueError on Windows if it was started in another console."""
+    if sys.platform != "win32":
+        os.kill(pid, signal.SIGINT)
+        return
+    try:
+        os.kill(pid, signal.CTRL_BREAK_EVENT)
+    except OSError as error:
+        raise ValueError(
+            "this job runs in another window, which Windows does not reach. Press Ctrl-Break there"
+        ) from error
+
+
 def secret_of(file: Path) -> str:
     """Return the secret in `file`, which only its owner reads; it is made if there is none."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with suppress(FileExistsError), os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+    owner_only = partial(os.open, mode=0o600)
+    with suppress(FileExistsError), open(file, "x", encoding="utf-8", opener=owner_only) as new:
         new.write(secrets.token_urlsafe(32) + "\n")
     os.chmod(file, 0o600)
-    secret = file.read_text().strip()
+    secret = file.read_text(encoding="utf-8").strip()
     if len(secret) < 16:
         raise ValueError(f"{file} holds no secret. Delete it, and the next start makes a new one")
     return secret
@@ -189,7 +204,7 @@ class Queue:
     def lock(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         about = self.folder.stat()
-        if os.name != "nt" and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+        if sys.platform != "win32" and (about.st_uid != os.getuid() or about.st_mode & 0o022):
             raise ValueError(f"{self.folder} is another user's, or others may write there, and its files are run")
         return FileLock(self.folder / ".lock", timeout=10)
 
@@ -228,7 +243,9 @@ class Queue:
             for job in reversed(jobs):
                 own = hmac.compare_digest(job.seal, self.seal(job.number, job.command))
                 if job.state == WAITING and not (own and self.known(job.command)):
-                    self.log(job.number).write_text("error: this is no command that the studio starts\n")
+                    self.log(job.number).write_text(
+                        "error: this is no command that the studio starts\n", encoding="utf-8"
+                    )
                     write_job(self.file(job.number), replace(job, state=FAILED, ended=time.time()))
                 elif job.state == WAITING and job.device not in busy:
                     busy.add(job.device)
@@ -237,9 +254,10 @@ class Queue:
     def _start(self, job: QueuedJob) -> None:
         runner = [sys.executable, "-m", "train.pages.runner", str(self.file(job.number))]
         alone: dict[str, Any] = {"start_new_session": True}  # a Ctrl-C of the studio does not reach it
-        if os.name == "nt":
-            alone = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+        if sys.platform == "win32":
+            alone = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment["PYTHONUTF8"] = "1"  # the log is read as UTF-8, which Windows does not write into files otherwise
         with self.log(job.number).open("ab") as log:
             process = subprocess.Popen(
                 runner, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **alone
@@ -256,7 +274,7 @@ class Queue:
             if job.state == WAITING:
                 write_job(self.file(number), replace(job, state=STOPPED, ended=time.time()))
             elif job.state == RUNNING:
-                os.kill(job.pid, signal.SIGINT if os.name != "nt" else signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
+                _interrupt(job.pid)
 
     def tail(self, number: int) -> str:
         """Return the end of a job's output, without secrets and without what a progress bar wrote over."""

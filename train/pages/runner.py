@@ -22,13 +22,17 @@ def main() -> int:
 
     def stop(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        if process is not None:
-            process.send_signal(number)  # the command has its own process group
+        if process is not None and sys.platform != "win32":  # there the command has the same Ctrl-Break
+            process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
     until = time.monotonic() + START_SECONDS
-    while (job := read_job(file)) is None or job.state != RUNNING or job.pid != os.getpid():
+    own = (
+        (os.getpid(), os.getppid()) if sys.platform == "win32" else (os.getpid(),)
+    )  # python.exe of a venv starts another
+    while (job := read_job(file)) is None or job.state != RUNNING or job.pid not in own:
         if time.monotonic() > until:
             print(f"error: {file} does not say that it is started", file=sys.stderr)
             return 2
@@ -39,7 +43,9 @@ def main() -> int:
         print(f"error: {job.command[0]} cannot be started ({error.strerror or error})", file=sys.stderr)
         code = 127
     else:
-        if asked:
+        if asked and sys.platform == "win32":
+            process.terminate()  # it may have begun after Ctrl-Break
+        elif asked:
             process.send_signal(asked[0])
         code = process.wait()
     state = DONE if code == 0 else STOPPED if asked else FAILED

@@ -175,7 +175,7 @@ def stop(request: Request, chosen: RunForm) -> dict[str, str]:
     job = job_of_run(known.queue, run, holder)
     if job is not None:
         known.queue.stop(job.number)
-    elif holder is not None:
+    elif holder is not None and sys.platform != "win32":  # which has no such signal between consoles
         holder.send_signal(signal.SIGINT)
     else:
         raise ValueError(

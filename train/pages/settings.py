@@ -7,7 +7,6 @@ objects that it names, and no interpolation, which could read the environment (`
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flux2.utils.text import join_words
 from train.cli.errors import format_error, in_quotes
 from train.cli.start import prepare_hydra
 from train.config.instantiate import check_own_targets
@@ -69,7 +69,7 @@ class Setting:
 def comments(file: Path) -> dict[str, str]:
     """Return the comment of each key of a YAML file of conf/, by dotted name; under "" that of the whole file."""
     found, path, above, last = dict[str, str](), list[tuple[int, str]](), list[str](), ""
-    for number, line in enumerate(file.read_text().split("\n")):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")):
         text = line.strip()
         if text.startswith("#"):
             words = text.lstrip("# ")
@@ -97,7 +97,7 @@ def comments(file: Path) -> dict[str, str]:
 def groups() -> dict[str, list[str]]:
     """Return the groups of conf/ that a run chooses from, with their choices; experiment first."""
     found = {"experiment": choices("experiment")}
-    for line in yaml.safe_load((CONFIG / "train.yaml").read_text())["defaults"]:
+    for line in yaml.safe_load((CONFIG / "train.yaml").read_text(encoding="utf-8"))["defaults"]:
         if isinstance(line, dict) and not next(iter(line)).startswith("override"):
             found[next(iter(line))] = choices(next(iter(line)))
     return found
@@ -110,7 +110,7 @@ def choices(group: str) -> list[str]:
 def about(group: str, choice: str) -> str:
     """Return the comment at the head of a choice's file; empty if it has none."""
     file = CONFIG / group / f"{choice}.yaml"
-    lines = file.read_text().split("\n") if choice in choices(group) else []
+    lines = file.read_text(encoding="utf-8").split("\n") if choice in choices(group) else []
     return "\n".join(line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line)
 
 
@@ -269,4 +269,4 @@ def command(overrides: Sequence[str], program: str = "run") -> list[str]:
 
 def typed_command(overrides: Sequence[str], program: str = "run") -> str:
     """Return `command` as one types it in a shell."""
-    return shlex.join(["python", *command(overrides, program)[1:]])
+    return join_words(["python", *command(overrides, program)[1:]])

@@ -48,7 +48,8 @@ class Workspace:
     def check(self, value: str) -> None:
         """Raise Refused for a path in the value of a setting that is outside of the opened folders."""
         for word in re.split(r"[\[\],\s'\"]+", value):
-            if word.startswith(("/", "~", ".")) or Path(word).exists():
+            # on Windows an anchor may be C: or a server
+            if Path(word).anchor or word.startswith(("~", ".")) or Path(word).exists():
                 self.resolve(word)
 
     def show(self, path: Path) -> str:

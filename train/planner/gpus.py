@@ -87,7 +87,7 @@ def measured(name: str | None, setting: Mapping[str, Any], folder: Path = RESULT
     benchmarks/matrix.py writes these files: `hardware` is the GPU's name, and each of the `cases` has a `setting`.
     """
     for file in sorted(folder.glob("*.json")) if name else []:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         cases = content.get("cases") if isinstance(content, dict) and content.get("hardware") == name else None
         for case in cases.values() if isinstance(cases, dict) else []:
             if case.get("setting") == dict(setting) and "seconds" in case:

@@ -78,7 +78,7 @@ def environment(*folders: Path) -> jinja2.Environment:
     )
     found.filters["data_uri"] = data_uri
     found.filters["source_hash"] = source_hash
-    found.globals["asset"] = lambda name: Markup((TEMPLATES / name).read_text())
+    found.globals["asset"] = lambda name: Markup((TEMPLATES / name).read_text(encoding="utf-8"))
     return found
 
 

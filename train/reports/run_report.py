@@ -7,6 +7,7 @@ checkpoint and their distances. The page is templates/report.html; this file col
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,7 @@ class RunSummary:
         """Return the summary of the run in `folder`. Raises ValueError if its configuration cannot be read."""
         config, found = masked(resume.configuration(folder)), recommend(folder)
         step = None if found.checkpoint is None else step_of(found.checkpoint)
-        reasons = [line.strip().replace(f"{folder}/", "") for line in found.reasons]
+        reasons = [line.strip().replace(f"{folder}{os.sep}", "") for line in found.reasons]
         if step is not None and (note := caution(folder)):
             reasons.append(note)
         label = masked_text(f"{config.get('name', '')}/{folder.resolve().name}".strip("/"))
@@ -106,7 +107,9 @@ def note_command(folder: Path, overrides: Sequence[str], processes: int = 1, *, 
     """Keep the command that starts a run, without secrets; `resumed` appends it to the earlier ones."""
     line = launch_command(overrides, processes, ("output_dir",) if resumed else ("output_dir", "resume"))
     file = folder / COMMANDS
-    write_whole(file, f"{file.read_text(errors='replace') if resumed and file.is_file() else ''}{line}\n")
+    write_whole(
+        file, f"{file.read_text(errors='replace', encoding='utf-8') if resumed and file.is_file() else ''}{line}\n"
+    )
 
 
 def loss_charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:

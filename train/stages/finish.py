@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from flux2.adapters.files import UNFINISHED_FILE, format_notes
 from flux2.quantization.precision import precision_from_name
 from flux2.utils.terminal import show_title
+from flux2.utils.text import join_words
 from train.checkpoints.checkpoint import checkpoints, step_of
 from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
@@ -129,13 +129,13 @@ def next_commands(
         processes = config.accelerator.num_processes
         commands.append(("again", run_report.launch_command(words, processes, ("output_dir", "resume"))))
     if checkpoints(folder):
-        commands.append(("compare", shlex.join(["python", "train/evaluate.py", masked_text(f"run={folder}")])))
+        commands.append(("compare", join_words(["python", "train/evaluate.py", masked_text(f"run={folder}")])))
     use = "try it" if found.checkpoint is None and (found.unfit or found.rate_factor != 1) else "use it"
     if use == "use it" and exports:
         adapters = [str(config.adapter.init)] if config.adapter.is_frozen else []
         words = [*adapters, str(used), "--format", "comfyui", "--out", str(folder / "comfyui.safetensors")]
-        commands.append(("export", shlex.join(["python", "-m", "flux2.export", *map(masked_text, words)])))
-    commands.append((use, shlex.join(map(masked_text, words_to_generate(config, used, caption, references)))))
+        commands.append(("export", join_words(["python", "-m", "flux2.export", *map(masked_text, words)])))
+    commands.append((use, join_words(map(masked_text, words_to_generate(config, used, caption, references)))))
     return commands
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ def check_launcher(launcher: DictConfig) -> None:
     """Raise ValueError if this process cannot submit jobs, or a job does not have one GPU per process."""
     if "submitit" not in str(launcher.get("_target_")):
         return
+    if sys.platform == "win32":
+        raise ValueError("hydra/launcher=slurm needs signals that Windows does not have. Submit from Linux, or WSL 2")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "accelerate launch started several processes, and each would submit the jobs. Start python train/run.py "

@@ -70,7 +70,7 @@ def main() -> None:
         return
     export(model, autoencoder, recipe.seed, folder)
     scores = evaluate(model, autoencoder, text, None, recipe.judged)
-    (home / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (home / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     grid(folder, options.docs)
     print(json.dumps(scores, indent=2))
 

@@ -81,7 +81,7 @@ def export(model: Transformer, autoencoder: Autoencoder, text_seed: int, folder:
 
     def write(name: str, values: dict[str, Any]) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     for name, values in config_files().items():
         write(name, values)
@@ -105,7 +105,7 @@ def export(model: Transformer, autoencoder: Autoencoder, text_seed: int, folder:
     (folder / "text_encoder" / "generation_config.json").unlink(missing_ok=True)
 
     tokenizer.save_pretrained(folder / "tokenizer")
-    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
     write("tokenizer/tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 

@@ -138,7 +138,7 @@ class PhaseTrainer(Generic[M]):
         seconds = self.seconds + time.monotonic() - self.started
         record = {"stage": self.name, "step": self.step, "seconds": round(seconds, 1)}
         record |= {key: round(value, 5) for key, value in values.items()}
-        with (self.home / "log.jsonl").open("a") as file:
+        with (self.home / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(f"{self.name} {self.step}/{total} " + " ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
 

@@ -41,7 +41,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """
     if file.exists() and file.stat().st_size > MOST_BYTES:
         raise ValueError(f"{file} has more than {MOST_BYTES:,} bytes, which no run writes. Move it away")
-    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
+    lines = file.read_text(errors="replace", encoding="utf-8").split("\n") if file.is_file() else []
     return [values for line in lines if (values := read_line(line)) is not None]
 
 
@@ -51,7 +51,7 @@ def lines_to_keep(file: Path, last_step: int) -> tuple[list[dict[str, Any]], int
     These are damaged, are not a run's own (metrics are numbers), or differ from an earlier line of the same step.
     """
     kept, bad = dict[int, list[dict[str, Any]]](), 0
-    *lines, rest = file.read_text(errors="replace").split("\n")
+    *lines, rest = file.read_text(errors="replace", encoding="utf-8").split("\n")
     for line in filter(str.strip, lines if read_line(rest) is None else [*lines, rest]):
         values = read_line(line)
         own = values is not None and (file.name != METRICS_FILE or all(map(is_metric, values.values())))
@@ -127,7 +127,7 @@ class Metrics:
             shutil.copyfile(file, copy)
             warn(f"{file} has {many(bad, 'line')} that cannot be used and will be removed; a copy is {copy}")
         with atomic_write(file) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8", newline="\n")
 
     def close(self) -> None:
         """Write what is unwritten, and finish the tracker, also after a failed run; do nothing before `start`."""

@@ -53,7 +53,7 @@ def read_run_id(file: Path) -> str | None:
     if not file.exists():
         return None
     try:
-        found = file.read_text().strip()
+        found = file.read_text(encoding="utf-8").strip()
         if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII):
             return found
         problem = "is not the id of a run"

@@ -68,7 +68,7 @@ def _write_text(file: Path, change: Change, *, write: bool) -> None:
                     raise FileExistsError
                 return
             with atomic_write(file, replace=False) as unfinished:
-                unfinished.write_text(f"{caption}\n", encoding="utf-8")
+                unfinished.write_bytes(f"{caption}\n".encode())
         except FileExistsError as error:
             raise ValueError(f"{file} was written meanwhile, and is kept") from error
     elif read_text(file, MOST_TEXT) != change.place.written[0]:

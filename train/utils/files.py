@@ -35,7 +35,7 @@ def make_writable(folder: Path, key: str) -> None:
     probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("written")
+        probe.write_text("written", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{key}={str(folder)!r} cannot be written ({reason(error)}). Give another folder") from error
     finally:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import huggingface_hub
+
+from flux2.utils.text import join_words
 
 MASK = "***"
 SHORTEST = 8  # characters; shorter values of environment variables are switches, and occur in ordinary words
@@ -115,8 +116,8 @@ def masked_command(words: Sequence[str]) -> str:
 
     def shown(word: str) -> str:
         word = masked_text(masked_values(ASSIGNED, word))
-        return word.replace(f"{home}/", "~/") if len(home) > 1 else word
+        return word.replace(f"{home}{os.sep}", "~/") if len(home) > 1 else word
 
     # also mask the word after a switch such as --token
     hidden = [i for i, word in enumerate(words[:-1], 1) if re.fullmatch(r"--?[\w-]+", word) and is_secret(word)]
-    return shlex.join(MASK if i in hidden else shown(word) for i, word in enumerate(words))
+    return join_words(MASK if i in hidden else shown(word) for i, word in enumerate(words))

@@ -1,10 +1,10 @@
 """Requests to stop and to sample: the effect of signals on a run, and its exit code.
 
-SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`), SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning before the time
-limit: `--signal=USR1@120`) make the run finish its step, save and end. While it loads and caches there is nothing to
-save, and it ends at once. train/loop.py sees the request, `Checkpointer.save_and_raise_interrupted` saves. The exit
-code is 128 + the signal's number, as a shell reports a killed process. SIGUSR2, or a file `sample` in the run folder,
-asks for a sample grid.
+SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`), SIGHUP (a closed terminal), SIGUSR1 (Slurm's warning before the time
+limit: `--signal=USR1@120`) and SIGBREAK (Ctrl-Break of Windows) make the run finish its step, save and end. While it
+loads and caches there is nothing to save, and it ends at once. train/loop.py sees the request,
+`Checkpointer.save_and_raise_interrupted` saves. The exit code is 128 + the signal's number, as a shell reports a killed
+process. SIGUSR2, or a file `sample` in the run folder, asks for a sample grid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 
 from train.utils.console import is_first_process
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 SAMPLING = tuple(getattr(signal, name) for name in ("SIGUSR2",) if hasattr(signal, name))
 STOPPING = b"\nstopping after this step; a second signal stops at once, without saving\n"
 EARLY = (

@@ -1,5 +1,6 @@
 """Who may write a run folder, and what is left when writing fails."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -45,7 +46,10 @@ def test_the_folder_of_a_run_that_wrote_nothing_goes_with_it(tmp_path):
 
 
 def test_without_locks_runs_go_on_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "fcntl", None)
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
     one, two = Lock(tmp_path), Lock(tmp_path)
     assert not in_use(tmp_path)
     one.release()
