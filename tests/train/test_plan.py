@@ -44,8 +44,8 @@ def offline(monkeypatch):
     [
         (
             ["+experiment=tarot", "precision=nf4", "memory=24gb"],
-            "dev in nf4 ... 2 ... 4096 tokens ... 512 ... 34.7 ... predicted ... 1,000 steps are predicted to take ... "
-            "hours, without encoding ... 24 GB ... memory=auto",
+            "dev in nf4 ... 2 ... 4096 tokens ... 512 ... text encoder 19.1 ... 1,000 steps are predicted "
+            "to take ... hours, without encoding ... 24 GB ... memory=auto",
         ),
         (["model=tiny", "device=cpu"], "tiny in fp32 ... 64 tokens ... host memory"),
         (["+experiment=demo", "memory=8gb"], "8 GB ... 10"),
@@ -237,7 +237,7 @@ def test_on_a_cpu_nothing_is_offloaded_because_it_would_stay_in_host_memory(smal
 
 
 def test_a_plan_for_a_cpu_speaks_of_host_memory_and_of_no_gpu(run_command, small, monkeypatch):
-    monkeypatch.setattr("train.plan.free_bytes", lambda device: 7 * GIB)
+    monkeypatch.setattr("train.planner.plans.free_bytes", lambda device: 7 * GIB)
     code, out, err = run_command(*small("device=cpu", "memory=auto"), task=plan.main)
     assert code == 0, err
     assert "For 7.52 GB of free host memory memory=auto would choose memory.checkpointing=none" in out

@@ -16,6 +16,10 @@ from train.pages import settings as forms
 from train.pages.base import Form, Studio, page, studio
 from train.pages.settings import SettingError
 from train.planner.gpus import SIZES
+from train.planner.lighter_runs import lighter_runs
+from train.planner.plan_tables import GPU_COLUMNS, gpu_rows
+from train.planner.plans import make_plan
+from train.stages.memory import distilled_model
 
 router = APIRouter()
 USE_CASES = ("style", "character", "object", "edit", "slider")
@@ -117,8 +121,9 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
     card = [] if chosen.card is None else [f"+card={chosen.card:g}"]
     config = forms.compose([*overrides, *card])
     try:
-        found = planning.make_plan(config)
-        rows, seen = list(planning.gpu_rows(found)) if found.on_gpu else [], planning.times_seen(found.run)
+        found = make_plan(config)
+        rows, about = list(gpu_rows(found)) if found.on_gpu else [], planning.about_images(found)
+        lighter = [(one, forms.typed_command(one.command(overrides))) for one in lighter_runs(config, found)]
     except USER_ERRORS as error:
         raise forms.error_of(error, overrides) from error
     step = planning.describe(found.planner, found.now, found.on, found.name)
@@ -132,8 +137,10 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
                 best=best,
                 step=step,
                 total=planning.total_time(found),
-                seen=seen,
-                columns=planning.GPU_COLUMNS,
+                notes=[*about, planning.text_encoder_text(found), distilled_model(found.run.variant)],
+                host=planning.host_text,
+                lighter=lighter,
+                columns=GPU_COLUMNS,
                 rows=rows,
                 colors={name: place for place, name in enumerate(dict.fromkeys(chain(*found.now.phases.values())))},
                 widest=max([found.limit, *map(found.now.total, found.now.phases)]),
@@ -151,7 +158,7 @@ def run(request: Request, chosen: StartForm) -> dict[str, str]:
     overrides = overrides_of(known, chosen)
     config = forms.compose(overrides)
     try:
-        planning.make_plan(config.copy())
+        make_plan(config.copy())
     except USER_ERRORS as error:
         raise forms.error_of(error, overrides) from error
     name = str(config.name)

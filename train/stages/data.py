@@ -154,6 +154,16 @@ def paths(dataset: object) -> list[object]:
     return [dataset.get("path"), *(path for source in sources for path in paths(source))]
 
 
+def extra_prompts(config: RunConfig, samples: Sequence[Sample]) -> list[str]:
+    """Return the prompts that a run encodes in addition to the captions and the empty one."""
+
+    def captions() -> Iterator[str]:
+        return (caption for sample in samples for caption in sample.captions)
+
+    preserved = config.preservation.all_prompts(captions()) if config.prior is None else config.prior.prompts
+    return [*config.sample.prompts, *preserved, *config.target.all_prompts(captions())]
+
+
 def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequest:
     """Return what to cache for `samples`; the default is the configuration's dataset."""
     cache = config.settings.cache_dir
@@ -170,16 +180,12 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
         if config.buckets.each_resolution:
             samples.repeat_at(config.buckets.filled)
 
-    def captions() -> Iterator[str]:
-        return (caption for sample in samples for caption in sample.captions)
-
-    preserved = config.preservation.all_prompts(captions()) if config.prior is None else config.prior.prompts
     return CacheRequest(
         source,
         config.text_encoder,
         store,
         samples,
-        [*config.sample.prompts, *preserved, *config.target.all_prompts(captions())],
+        extra_prompts(config, samples),
         config.buckets,
         config.settings.reference_resolution**2,
         config.precision.dtype,

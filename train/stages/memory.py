@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from flux2.memory.compile_blocks import compiler_error
 from flux2.memory.kernels import choose_kernels
-from flux2.models.variants import Variant
+from flux2.models.variants import Variant, undistilled
 from train.checkpoints.resume import RunLocation
 from train.config.memory import AUTO, choice_of
 from train.config.run_config import RunConfig
@@ -36,9 +36,21 @@ def load_config(config: DictConfig | dict[str, Any]) -> RunConfig:
     """Parse a configuration, choose its memory settings, and check all settings together (`RunConfig.dry_run`)."""
     checked = choose_memory(RunConfig(config)).dry_run()
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if checked.accelerator.is_main_process and (note := unchosen_model(checked.variant, words)):
+    notes = unchosen_model(checked.variant, words), "" if checked.is_saved else distilled_model(checked.variant)
+    for note in filter(None, notes if checked.accelerator.is_main_process else ()):
         warn(note)
     return checked
+
+
+def distilled_model(variant: Variant) -> str:
+    """Return a warning if the model to train is one that is distilled to few steps."""
+    if (base := undistilled(variant)) is None:
+        return ""
+    works = f", whose adapters also work with {variant.name}" if base.transformer == variant.transformer else ""
+    return (
+        f"model={variant.name} is distilled to {variant.steps} steps, which training on it may undo. Train "
+        f"model={base.name} instead{works}"
+    )
 
 
 def unchosen_model(variant: Variant, overrides: Sequence[str]) -> str:
