@@ -1,8 +1,8 @@
 """Predict the memory and the step time of a training run: `python train/plan.py +experiment=tarot [+card=24]`.
 
-Prints the memory of each phase, the GPUs that it fits, what `memory=auto` would choose there, and how often each image
-is trained, if the images are on this machine. Memory and time are predicted from shapes (train/planner/predictor.py,
-docs/memory.md), without weights, network or GPU.
+Prints the memory of each phase, host memory and disk, the GPUs that it fits, what `memory=auto` would choose there, and
+how often each image is trained, if the images are on this machine. Memory and time are predicted from shapes
+(train/planner/predictor.py, docs/memory.md), without weights, network or GPU.
 
 `+card=24` plans for a GPU of 24 GB, like `memory=24gb`; the default is the GPU of this machine, if there is one.
 `shard=true +processes=4` plans for each of four processes that share the base (docs/scaling.md), `memory.split=auto
@@ -130,7 +130,8 @@ def text_encoder_text(plan: Plan) -> str:
         return f"{needed}, and {limit / 1e9:.1f} GB are usable. {ELSEWHERE}"
     other = sum(planner.encoders(chosen).get("prompts", {}).values())
     room = f"{other / 1e9:.1f} GB" if other else "host memory"
-    return f"{needed}: memory=auto would take {chosen.overrides} ({room}); text_encoder=remote encodes elsewhere."
+    verb = "takes" if plan.is_chosen else "would take"
+    return f"{needed}: memory=auto {verb} {chosen.overrides} ({room}); text_encoder=remote encodes elsewhere."
 
 
 def lacking(plan: Plan, best: Prediction) -> str:
@@ -182,7 +183,7 @@ def main(config: DictConfig) -> None:
     )
     for table in phase_tables(now, on_gpu):
         console.print(table)
-    console.print(f"Host memory, predicted: {host_text(now)}")
+    console.print(f"Host memory, predicted: {host_text(now)}{lacking(plan, now)}")
 
     # Whether it fits, and the time of a step.
     target = planned_memory(now, on_gpu, plan.name, card or 0)
@@ -203,7 +204,7 @@ def main(config: DictConfig) -> None:
 
     # What memory=auto would choose.
     if on_gpu:
-        console.print(gpu_table(plan))
+        console.print(gpu_table(plan), "")
     if card is not None:
         best = plan.best()
         if best is None:
@@ -214,7 +215,8 @@ def main(config: DictConfig) -> None:
             hint = f". {lighter(planner, plan.on)}" if best.moved else ""  # weights or activations leave the device
             hint = f"{headroom_text(plan.memory)}{hint}".removesuffix(". ")
             console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
-            console.print(f"It needs host memory of {host_text(best)}{lacking(plan, best)}")
+            if best != now:
+                console.print(f"It needs host memory of {host_text(best)}{lacking(plan, best)}")
         if plan.name is not None and (hint := split_hint(run, plan.memory, best, card, plan.on)):
             console.print(hint)
         words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

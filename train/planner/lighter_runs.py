@@ -34,14 +34,16 @@ class LighterRun:
     def command(self, overrides: Sequence[str]) -> list[str]:
         """Return the words of `overrides` with what this run has instead."""
         group = self.override.partition("=")[0]
-        kept = [word for word in overrides if not {key_of(word), key_of(word).partition(".")[0]} & {group, *OF_A_PLAN}]
-        chooses = any(word.startswith("memory=") and word != "memory=default" for word in kept)
-        memory = [] if chooses else ["memory=auto"]
-        return [*(word for word in kept if chooses or key_of(word) != "memory"), self.override, *memory]
+        chooses = any(word.startswith("memory=") and word != "memory=default" for word in overrides)
+        replaced = {group, *OF_A_PLAN, *([] if chooses else ["memory"])}
+        kept = [word for word in overrides if not keys_of(word) & replaced]
+        return [*kept, self.override, *([] if chooses else ["memory=auto"])]
 
 
-def key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
+def keys_of(override: str) -> set[str]:
+    """Return the key of an override and the group that it is in."""
+    key = override.lstrip("+~").partition("=")[0]
+    return {key, key.partition(".")[0]}
 
 
 def streams_much(plan: Plan, best: Prediction | None) -> bool:

@@ -77,7 +77,7 @@ def gpu_table(plan: Plan) -> Table:
     """Return the table of `gpu_rows`."""
     which = f"Which GPUs it fits, {len(plan.now.split)} of a size" if plan.now.split else "Which GPU it fits"
     title = f"{which}, as predicted; host memory in GB"
-    table = Table(title=title, box=SIMPLE, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=SIMPLE, title_justify="left", pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in GPU_COLUMNS:
         is_number = name in ("host", "s/step")
         table.add_column(name, justify="right" if is_number else "left", max_width=WIDEST.get(name))
