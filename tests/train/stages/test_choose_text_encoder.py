@@ -1,12 +1,15 @@
 """The text encoder that memory=auto chooses: what fits, what the cache has, and what a resumed run has."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from planner_helpers import job
 from train_helpers import compose, lines
 
 from train.config.run_config import RunConfig
+from train.encoding import LocalTextEncoder
 from train.planner.gpus import usable
 from train.planner.predictor import LIBRARIES
 from train.planner.text_encoder_memory import first_fit, text_encoder_choices
@@ -123,3 +126,16 @@ def test_auto_without_memory_auto_is_the_encoder_as_it_is(small):
 def test_a_device_that_is_none_is_refused(small, given):
     with pytest.raises(ValueError, match=r"text_encoder\.device=.* must be cpu, auto, or null"):
         load_config(compose(*small(f"text_encoder.device={given}")))
+
+
+@pytest.mark.parametrize(("given", "device"), [("cpu", "cpu"), (None, "cuda:1"), ("auto", "cuda:1")])
+def test_the_encoder_is_loaded_onto_its_device(monkeypatch, given, device):
+    seen = []
+
+    def load(source, place, dtype, storage):
+        seen.append((str(place), storage))
+        return SimpleNamespace(cut=[])
+
+    monkeypatch.setattr("train.encoding.text_encoders.load_text_encoder", load)
+    LocalTextEncoder(storage="nf4", device=given).load(None, torch.device("cuda:1"), torch.bfloat16)
+    assert seen == [(device, "nf4")]
