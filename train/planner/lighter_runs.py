@@ -12,6 +12,7 @@ from train.config.paths import CONFIG
 from train.planner.gpus import Gpu
 from train.planner.plans import Plan, make_plan
 from train.planner.prediction import Prediction
+from train.utils.files import read_yaml
 
 SMALL_MODEL = "klein_base_4b"
 SMALL_SIDE = 512
@@ -59,7 +60,7 @@ def lighter_runs(config: DictConfig, plan: Plan) -> Iterator[LighterRun]:
     best = plan.best()
     if plan.card is None or not plan.on_gpu or not streams_much(plan, best):
         return
-    changes = [(f"model={SMALL_MODEL}", "model", OmegaConf.load(CONFIG / "model" / f"{SMALL_MODEL}.yaml"))]
+    changes = [(f"model={SMALL_MODEL}", "model", read_yaml(CONFIG / "model" / f"{SMALL_MODEL}.yaml"))]
     changes += [(f"buckets.resolution={SMALL_SIDE}", "buckets.resolution", SMALL_SIDE)]
     is_smaller = {"model": plan.run.variant.name not in (SMALL_MODEL, "tiny", "klein_4b")}
     is_smaller["buckets.resolution"] = plan.run.buckets.largest > SMALL_SIDE
