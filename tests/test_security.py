@@ -29,7 +29,7 @@ KNOWN = {
     ("flux2/prompts/remote_protocol.py", "torch.load"): "weights_only",
     ("train/tiny_model/training.py", "torch.load"): "weights_only",
     ("train/tiny_model/world.py", "np.load"): "a file that it has just written, without pickles",
-    ("train/plan.py", "OmegaConf.create"): "the command line",
+    ("train/planner/plans.py", "OmegaConf.create"): "the command line",
     ("train/pages/queue.py", "subprocess.Popen"): "is_known: this project's commands, in a folder of this user",
     ("train/pages/runner.py", "subprocess.Popen"): "the same, started by the queue alone",
     ("train/pages/settings.py", "yaml.safe_load"): "conf/train.yaml",

@@ -27,7 +27,7 @@ from train.config.instantiate import to_plain
 from train.encoding.prepare import remove_unused
 from train.stages.class_data import class_cache_requests
 from train.stages.data import cache_request, prepare_samples
-from train.stages.memory import load_config
+from train.stages.memory import choose_text_encoder, load_config
 
 
 def parse_share(share: object) -> tuple[int, int]:
@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"prune={prunes!r} must be true or false")
     if prunes and share != "1/1":
         raise ValueError(f"share={share} has no effect with prune=true. Remove one of them")
-    run = load_config(OmegaConf.create(given))
+    run = choose_text_encoder(load_config(OmegaConf.create(given)))
     if run.settings.cache_dir is None:
         raise ValueError("cache_dir=null stores nothing on disk, so there is nothing to fill or prune. Set a folder.")
     if not prunes:

@@ -1,8 +1,8 @@
 """Predict the memory and the step time of a training run: `python train/plan.py +experiment=tarot [+card=24]`.
 
-Prints the memory of each phase, the GPUs that it fits, what `memory=auto` would choose there, and how often each image
-is trained, if the images are on this machine. Memory and time are predicted from shapes (train/planner/predictor.py,
-docs/memory.md), without weights, network or GPU.
+Prints the memory of each phase, host memory and disk, the GPUs that it fits, what `memory=auto` would choose there, and
+how often each image is trained, if the images are on this machine. Memory and time are predicted from shapes
+(train/planner/predictor.py, docs/memory.md), without weights, network or GPU.
 
 `+preview=batch.png` also draws the first samples as they are trained, with buckets, masks, references and captions.
 `+card=24` plans for a GPU of 24 GB, like `memory=24gb`; the default is the GPU of this machine, if there is one.
@@ -12,7 +12,6 @@ docs/memory.md), without weights, network or GPU.
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -26,101 +25,38 @@ if __name__ == "__main__":  # sys.path begins with the script's folder, whose mo
     import_lightly()
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import torch
+import psutil
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from data.files import user_path
+from data.sources import Sample, Source
+from flux2.utils.text import gigabytes as size_text
+from flux2.utils.text import join_words
 from train.cli.app import command
-from train.config.instantiate import parse_settings
-from train.config.memory import AUTO, FREE, Choice, choice_of, completed, fixed_keys, settings_of
+from train.config.memory import Choice, settings_of
 from train.config.run_config import RunConfig
-from train.config.settings import MemorySettings
-from train.planner.from_config import (
-    faster,
-    fastest_batch,
-    free_bytes,
-    free_host_memory,
-    headroom_text,
-    limit_of,
-    planned_precision,
-    split_hint,
-    workload_of,
-)
-from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured, usable
+from train.planner.disk import too_full, written
+from train.planner.from_config import ELSEWHERE, faster, headroom_text, limit_of, split_hint
+from train.planner.gpus import Gpu, measured, usable
+from train.planner.lighter_runs import lighter_runs
+from train.planner.plan_tables import gigabytes, gpu_table, phase_tables
+from train.planner.plans import Plan, make_plan, planned_memory
 from train.planner.prediction import Prediction
 from train.planner.predictor import Planner
-from train.planner.search import choose, does_not_fit, lighter
-from train.stages.data import paths
+from train.planner.search import does_not_fit, lighter
+from train.stages.class_data import class_dataset
+from train.stages.data import extra_prompts, paths
 from train.stages.first_batch import check_new, plan_first_batch
-from train.utils.checks import check_count, is_number
+from train.stages.memory import distilled_model
 from train.utils.files import write_whole
 from train.utils.text import many
 
 SMALL_GPU = 24  # GB
 FEW_TIMES, MANY_TIMES = 20, 300  # that an image is trained
-
-
-def gigabytes(value: float) -> str:
-    return "" if not value else f"{value / 1e9:.2f}" if value < 9.95e8 else f"{value / 1e9:.1f}"
-
-
-def phase_tables(prediction: Prediction, on_gpu: bool) -> Iterator[Table]:
-    """Yield the table of predicted memory by component and phase of each device."""
-    for number, phases in enumerate((prediction.phases, *prediction.later_phases)):
-        where = "on the GPU" if on_gpu else "in host memory"
-        if prediction.split:
-            where = f"on GPU {number + 1} of {len(prediction.split)} ({many(prediction.split[number], 'block')})"
-        title = f"Predicted memory {where} in GB, with {prediction.settings}"
-        table = Table(title=title, box=SIMPLE, title_justify="left")
-        table.add_column("")
-        for phase in phases:
-            table.add_column(phase, justify="right")
-        for name in dict.fromkeys(name for parts in phases.values() for name in parts):
-            values = [parts.get(name, 0) for parts in phases.values()]
-            if any(values):
-                table.add_row(name, *map(gigabytes, values))
-        table.add_section()
-        table.add_row("total", *(gigabytes(sum(parts.values())) for parts in phases.values()), style="bold")
-        yield table
-
-
-GPU_COLUMNS = (
-    "GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"
-)  # fmt: skip
-
-
-def gpu_rows(plan: Plan) -> Iterator[list[str]]:
-    """Yield for each size of GPU whether the run fits as set, and what memory=auto would choose (`GPU_COLUMNS`)."""
-    for gpu_memory_gb in SIZES:
-        limit, on = limit_of(plan.memory, gpu_memory_gb), gpu(None, gpu_memory_gb)
-        planner = plan.planners(on)
-        now, best = planner.predict(plan.now.choice), choose(planner, plan.fixed, limit, on)
-        totals = [now.total(phase) if phase in now.phases else None for phase in ("prompts", "images")]
-        yield [
-            f"{gpu_memory_gb} GB",
-            *("" if total is None else "yes" if total <= limit else "no" for total in (*totals, now.training)),
-            "nothing fits" if best is None else best.settings.replace("memory.", ""),
-            "" if best is None else f"{best.seconds(on):.2f} ({on.name})",
-        ]
-
-
-def gpu_table(plan: Plan) -> Table:
-    """Return the table of `gpu_rows`."""
-    which = f"Which GPUs it fits, {len(plan.now.split)} of a size" if plan.now.split else "Which GPU it fits"
-    table = Table(title=f"{which}, as predicted", box=SIMPLE, title_justify="left")
-    for name in GPU_COLUMNS:
-        table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
-    for row in gpu_rows(plan):
-        table.add_row(*row)
-    return table
 
 
 def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None) -> str:
@@ -146,15 +82,69 @@ def total_time(plan: Plan) -> str:
     return f"{steps} are predicted to take {text}, without encoding, sample grids and validation."
 
 
-def times_seen(run: RunConfig) -> str:
-    """Return how often each image is trained, with a hint at both ends; empty for a dataset that is not here."""
+def open_samples(run: RunConfig) -> Source | None:
+    """Return the samples of a run; None if they are not on this machine. Raises ValueError if they cannot be used."""
     where = paths(run.composed["dataset"])
     if not all(isinstance(place, str) and user_path(place).exists() for place in where if place is not None):
-        return ""
+        return None
+    samples: Source = run.instantiate("dataset")
+    if run.buckets.each_resolution:
+        samples.repeat_at(run.buckets.filled)
+    return samples
+
+
+def about_images(plan: Plan) -> list[str]:
+    """Return lines on how often each image is trained, and on the disk that its run takes."""
     try:
-        samples = run.instantiate("dataset")
+        samples = open_samples(plan.run)
     except ValueError as error:
-        return f"The images cannot be counted: {error}"
+        return [f"The images cannot be counted: {error}", *disk_lines(plan, None)]
+    return [*([] if samples is None else [times_seen(plan.run, samples)]), *disk_lines(plan, samples)]
+
+
+def disk_lines(plan: Plan, samples: Source | None) -> list[str]:
+    """Return lines on what the run writes to disk, and whether there is room; for one image without `samples`."""
+    run = plan.run
+    images: list[Sample] = [] if samples is None else [*samples, *(class_dataset(run) or [])]
+    captions = [caption for sample in images for caption in sample.captions]
+    prompts = dict.fromkeys([*captions, "", *extra_prompts(run, samples or [])])
+    parts = list(written(run, plan.planner, None if samples is None else images, prompts))
+    what = f"Disk, predicted: {size_text(sum(part.size for part in parts))}"
+    rest = "" if samples is not None else "; the images are not here, so that one of them is counted"
+    kinds = f"{', '.join(map(str, parts))}; without sample grids{rest}"
+    return [f"{what} ({kinds})", *filter(None, [too_full(parts)])]
+
+
+def host_text(prediction: Prediction) -> str:
+    """Return the host memory of a prediction with its parts."""
+    parts = ", ".join(f"{part} {gigabytes(value)}" for part, value in prediction.host_parts.items() if value)
+    return f"{prediction.host_memory / 1e9:.1f} GB ({parts})"
+
+
+def text_encoder_text(plan: Plan) -> str:
+    """Return a sentence if the text encoder that is set does not fit, or another one was chosen; else empty."""
+    planner, given = plan.planner, plan.planner.job.text_encoder
+    limit = plan.limit if plan.card is not None else limit_of(plan.memory, SMALL_GPU)
+    parts = planner.encoders(given).get("prompts", {})
+    if sum(parts.values()) <= limit:
+        return ""
+    needed = f"The text encoder needs {sum(parts.values()) / 1e9:.1f} GB once, before training"
+    if (chosen := plan.text_encoder(limit)) is None:
+        return f"{needed}, and {limit / 1e9:.1f} GB are usable. {ELSEWHERE}"
+    other = sum(planner.encoders(chosen).get("prompts", {}).values())
+    room = f"{other / 1e9:.1f} GB" if other else "host memory"
+    verb = "takes" if plan.is_chosen else "would take"
+    return f"{needed}: memory=auto {verb} {chosen.overrides} ({room}); text_encoder=remote encodes elsewhere."
+
+
+def lacking(plan: Plan, best: Prediction) -> str:
+    """Return the memory of this machine, if a plan for its own GPU needs more; otherwise empty."""
+    total = psutil.virtual_memory().total
+    return f"; this machine has {total / 1e9:.1f} GB" if plan.name is not None and best.host_memory > total else ""
+
+
+def times_seen(run: RunConfig, samples: Source) -> str:
+    """Return how often each image is trained, with a hint at both ends."""
     steps, drawn = run.settings.steps, run.settings.batch_size * run.settings.gradient_accumulation
     count = max(len(samples) - run.validation.held_out, 1)
     seen = steps * drawn * (run.planned_processes or run.accelerator.num_processes) / count
@@ -165,27 +155,6 @@ def times_seen(run: RunConfig) -> str:
     if seen > MANY_TIMES:
         return f"{text} That is much, and may reproduce the images: keep checkpoints, and hold images out to see when."
     return text
-
-
-def choose_batch_size(
-    run: RunConfig, memory: Mapping[str, Any], card: float | None, name: str | None, cards: int | None
-) -> tuple[RunConfig, str]:
-    """Return the run with batch_size=auto chosen for a GPU, and what is predicted; otherwise as it is, and nothing."""
-    if not run.chooses_batch:
-        return run, ""
-    if card is None:
-        raise ValueError("batch_size=auto is chosen for a GPU. Name its size, as with +card=24, or set a number")
-    size, why = fastest_batch(run, memory, card, name, num_gpus=cards)
-    return run.with_batch_size(size), why
-
-
-def planned_memory(prediction: Prediction, on_gpu: bool, name: str | None, card: float) -> str:
-    """Return what a plan is for: a GPU by its name or its memory in GB, several of them, or free host memory."""
-    if not on_gpu:
-        return free_host_memory(card)
-    if prediction.split:
-        return f"{len(prediction.split)} x {name or f'{card:g} GB'}"
-    return name or f"a GPU of {card:g} GB"
 
 
 def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
@@ -203,136 +172,11 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
     }
 
 
-def take_cards(given: dict[str, Any]) -> int | None:
-    """Remove `cards` from the configuration; return the number of GPUs for memory.split=auto, None without it.
-
-    By default it is the number of visible GPUs, at least two. Raises ValueError for a bad value.
-    """
-    cards, split = given.pop("cards", None), given["memory"].get("split")
-    if given.get("device") == "cpu" and (split is not None or cards is not None):
-        what = f"cards={cards}" if split is None else f"memory.split={split}"
-        raise ValueError(f"{what} divides a model over GPUs, and this is device=cpu. Omit one of them.")
-    if cards is not None:
-        check_count("cards", cards, 2)
-        if split != AUTO:
-            remedy = "Add it" if split is None else f"Set it instead of {split}, or omit cards"
-            raise ValueError(f"cards={cards} divides the model over GPUs, which needs memory.split={AUTO}. {remedy}.")
-    return (cards or max(2, torch.cuda.device_count())) if split == AUTO else None
-
-
-def take_options(given: dict[str, Any]) -> tuple[float | None, int]:
-    """Remove `card` and `processes` from the configuration and return them. Raise ValueError for a bad value."""
-    card, processes = given.pop("card", None), given.pop("processes", 1)
-    if card is not None and not is_number(card, low=1):
-        raise ValueError(f"card={card!r} must be the memory of a GPU in GB, a number >= 1. Write +card=24.")
-    check_count("processes", processes, 1)
-    if processes > 1 and given.get("shard") is not True:
-        raise ValueError(f"processes={processes} needs shard=true: without it each process needs what one alone needs")
-    if processes == 1 and given.get("shard") is True:
-        raise ValueError("shard=true shards the base over several processes. Add their number: +processes=4.")
-    if given.get("device") is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(given["device"])):
-        raise ValueError(f"device={given['device']!r} must be cuda, cuda:1 or cpu, or null")
-    memory = given["memory"]
-    if not isinstance(memory, dict):
-        raise ValueError(f"memory={memory!r} must be a group of settings; see conf/train.yaml")
-    if card is None and memory.get("gpu_memory_gb") != FREE:
-        card = memory.get("gpu_memory_gb")
-    parse_settings("memory", completed(memory), MemorySettings)
-    return card, processes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is predicted for a run, and for which memory.
-
-    Attributes:
-        planners: Planners by GPU, because not all multiply in FP8.
-        now: The prediction for the run as set, or as memory=auto would choose where that is set.
-        on: The GPU that times are predicted for.
-        card: Its memory in GB; None if no GPU is known.
-        name: Its name in CUDA; None for a GPU of that size.
-        memory: The group `memory` as given.
-        batch: What is predicted for batch_size=auto; empty without it.
-    """
-
-    run: RunConfig
-    planners: Callable[[Gpu], Planner]
-    now: Prediction
-    on: Gpu
-    card: float | None
-    name: str | None
-    memory: Mapping[str, Any]
-    on_gpu: bool
-    processes: int
-    batch: str
-
-    @property
-    def planner(self) -> Planner:
-        return self.planners(self.on)
-
-    @property
-    def is_chosen(self) -> bool:
-        """Whether the planner chooses keys of the group `memory`."""
-        return self.memory.get("gpu_memory_gb") is not None
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        return fixed_keys(self.memory) if self.is_chosen else {}  # otherwise its values are the group's defaults
-
-    @property
-    def limit(self) -> int:
-        """Bytes that tensors can use."""
-        return limit_of(self.memory, self.card or 0)
-
-    @property
-    def fits(self) -> bool:
-        return self.card is None or self.now.training <= self.limit
-
-    def best(self) -> Prediction | None:
-        """Return what memory=auto would choose; None if nothing fits or no memory is known."""
-        if self.card is None:
-            return None
-        return choose(self.planner, self.fixed, self.limit, gpu(self.name, self.card))
-
-
-def make_plan(config: DictConfig) -> Plan:
-    """Return the plan of a composed configuration, with the options of this command."""
-    given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    card, processes = take_options(given)
-    cards = take_cards(given)
-    on_gpu, memory = given.get("device") != "cpu", given["memory"]
-    place = torch.device("cuda", torch.device(given.get("device") or "cuda").index or 0)
-    is_chosen = memory.get("gpu_memory_gb") is not None
-    given["memory"] = completed(memory) | ({"gpu_memory_gb": None} if "gpu_memory_gb" in memory else {})
-    given["device"] = "cpu"
-    run = RunConfig(OmegaConf.create(given), planned_processes=processes)
-
-    has_gpu = torch.cuda.is_available() and on_gpu
-    name = torch.cuda.get_device_name(place) if has_gpu else None
-    if card is None and has_gpu:
-        card = round(torch.cuda.get_device_properties(place).total_memory / GIB, 1)
-    elif card is None and is_chosen and not on_gpu:
-        card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
-    run, batch = choose_batch_size(run, memory, card if on_gpu else None, name, cards)
-    plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8, num_gpus=cards)))
-
-    def planners(on: Gpu) -> Planner:
-        return plan(on.fp8 is not None or planned_precision(run, on_gpu).matmul != "fp8")
-
-    planner = planners(gpu(name, card or SIZES[-1]))
-    run.dry_run(planner.job.model)
-    now = planner.predict(choice_of(run.composed["memory"]))
-    if is_chosen and card is not None:
-        now = choose(planner, fixed_keys(memory), limit_of(memory, card), gpu(name, card)) or now
-    on = gpu(name, card or next((size for size in SIZES if now.training <= limit_of(memory, size)), SIZES[-1]))
-    now = planners(on).predict(now.choice)
-    return Plan(run, planners, now, on, card, name, memory, on_gpu, processes, batch)
-
-
 def main(config: DictConfig) -> None:
     """Print the plan of one configuration, and with `preview` draw the first samples as they are trained."""
     preview = check_new(config["preview"]) if "preview" in config else None
-    plan = make_plan(OmegaConf.masked_copy(config, [key for key in config if key != "preview"]))
+    config = OmegaConf.masked_copy(config, [key for key in config if key != "preview"])
+    plan = make_plan(config)
     run, now, planner, card, on_gpu = plan.run, plan.now, plan.planner, plan.card, plan.on_gpu
 
     # The run and its memory by phase.
@@ -344,8 +188,7 @@ def main(config: DictConfig) -> None:
     )
     for table in phase_tables(now, on_gpu):
         console.print(table)
-    host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)
-    console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
+    console.print(f"Host memory, predicted: {host_text(now)}{lacking(plan, now)}")
 
     # Whether it fits, and the time of a step.
     target = planned_memory(now, on_gpu, plan.name, card or 0)
@@ -356,19 +199,17 @@ def main(config: DictConfig) -> None:
             f"only {plan.limit / 1e9:.1f} GB are usable{headroom_text(plan.memory)}"
         )
     console.print(f"{'A' if plan.fits else 'If it did fit, a'} step of {describe(planner, now, plan.on, plan.name)}")
-    for hint in (total_time(plan), faster(run, now, plan.on) if on_gpu else "", plan.batch, times_seen(run)):
+    speed = faster(run, now, plan.on) if on_gpu else ""
+    for hint in (total_time(plan), speed, plan.batch, *about_images(plan), text_encoder_text(plan)):
         console.print(hint, soft_wrap=True, end="\n" if hint else "")
-    if "prompts" in now.phases and now.total("prompts") > limit_of(plan.memory, card or SMALL_GPU):
-        console.print(
-            f"The text encoder needs {now.total('prompts') / 1e9:.1f} GB once, before training. Set "
-            "text_encoder.storage=nf4 to reduce this, or text_encoder=remote to run it elsewhere."
-        )
+    if note := distilled_model(run.variant):
+        console.print(f"Careful: {note}")
     if plan.is_chosen and card is None and on_gpu:
         console.print("This machine has no GPU to choose settings for. Name a size: memory=24gb or +card=24.")
 
     # What memory=auto would choose.
     if on_gpu:
-        console.print(gpu_table(plan))
+        console.print(gpu_table(plan), "")
     if card is not None:
         best = plan.best()
         if best is None:
@@ -379,8 +220,16 @@ def main(config: DictConfig) -> None:
             hint = f". {lighter(planner, plan.on)}" if best.moved else ""  # weights or activations leave the device
             hint = f"{headroom_text(plan.memory)}{hint}".removesuffix(". ")
             console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
+            if best != now:
+                console.print(f"It needs host memory of {host_text(best)}{lacking(plan, best)}")
         if plan.name is not None and (hint := split_hint(run, plan.memory, best, card, plan.on)):
             console.print(hint)
+        words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+        for number, other in enumerate(lighter_runs(config, plan)):
+            console.print("Lighter on the same GPU:" if number == 0 else "", end="\n" if number == 0 else "")
+            console.print(
+                f"  {other}\n  {join_words(['python', 'train/run.py', *other.command(words)])}", soft_wrap=True
+            )
 
     if preview is not None:
         write_whole(preview, plan_first_batch(run).sheet())

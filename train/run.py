@@ -27,7 +27,7 @@ from train.optim.schedules import LearningRate
 from train.stages.data import PreparedData, announce_start, make_objective, prepare_data
 from train.stages.finish import announce, write_card_and_report
 from train.stages.first_batch import write_first_batch
-from train.stages.memory import choose_compile, keep_kernels, keep_resumed_memory, load_config, memory_advice
+from train.stages.memory import choose_compile, load_config, memory_advice, settle_memory
 from train.stages.model import load_model, load_sampler
 from train.stages.run_folder import claim_run_folder, record_start
 from train.sweeps.job import check_sweep_job, is_done, is_sweep, sweep_result
@@ -40,7 +40,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
     """Train the adapter of one configuration in its run folder; return the adapter's folder and the data."""
     settings, processes, accelerator = config.settings, config.processes, config.accelerator
     check_processes(processes)
-    config = keep_kernels(keep_resumed_memory(config, location), location)
+    config = settle_memory(config, location)
     with memory_advice(config), SHARED.job(keeps=is_sweep()):
         # Fill the cache with encoded samples; this loads and frees both encoders.
         data = prepare_data(config)

@@ -63,7 +63,7 @@ class EmbeddingPlan:
 
     def size(self, length: int, width: int, dtype: torch.dtype) -> int:
         """Return the bytes of one entry's tensors, for embeddings (length, width) of `dtype`."""
-        return length * (width + 4 * width // _group(width)) if self.fp8 else length * width * dtype.itemsize
+        return embedding_bytes(length, width, dtype, self.fp8)
 
     def fill(
         self,
@@ -91,6 +91,11 @@ class EmbeddingPlan:
             return self.cache.put(key, tensors, {"prompt": prompts[key]})
 
         fill_share(self.cache, expected_tensor, list(prompts), compute, process_index, num_processes, progress, workers)
+
+
+def embedding_bytes(length: int, width: int, dtype: torch.dtype, fp8: bool) -> int:
+    """Return the bytes of the tensors of an embedding (length, width) of `dtype`, or packed with `fp8`."""
+    return length * (width + 4 * width // _group(width)) if fp8 else length * width * dtype.itemsize
 
 
 def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: bool = False) -> EmbeddingPlan:

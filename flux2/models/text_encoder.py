@@ -158,10 +158,10 @@ def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
     return model
 
 
-def check_storage(storage: object, setting: str) -> None:
-    """Raise ValueError, naming `setting`, unless `storage` is None or one of `TEXT_STORAGES`."""
+def check_storage(storage: object, setting: str, others: str = "or null") -> None:
+    """Raise ValueError, naming `setting` and `others` that it can be, unless `storage` is None or a known one."""
     if storage is not None and storage not in TEXT_STORAGES:
-        raise ValueError(f"{setting}={storage!r} must be one of {', '.join(TEXT_STORAGES)}, or null")
+        raise ValueError(f"{setting}={storage!r} must be one of {', '.join(TEXT_STORAGES)}, {others}")
 
 
 def quantize_text_encoder(model: nn.Module, storage: TextStorage, dtype: torch.dtype) -> None:

@@ -135,3 +135,10 @@ def get_variant(name: str) -> Variant:
 def find_variant(name: str) -> Variant | None:
     """Return the record whose name or repository is `name`, if there is one."""
     return next((record for record in VARIANTS.values() if name and name in (record.name, record.repo)), None)
+
+
+def undistilled(variant: Variant) -> Variant | None:
+    """Return the model of the same sizes that is not distilled to few steps; None if `variant` is none of those."""
+    sizes = replace(variant.transformer, isolated_references=False)
+    alike = (other for other in VARIANTS.values() if (other.transformer, other.text) == (sizes, variant.text))
+    return next((other for other in alike if other.steps > variant.steps), None)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import socket
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,8 +20,11 @@ from train import plan
 from train.config import settings as train_settings
 from train.config.memory import Choice
 from train.config.run_config import RunConfig
+from train.planner import plan_tables
 from train.planner.from_config import fastest_batch, free_bytes
 from train.planner.gpus import GIB, measured
+from train.planner.lighter_runs import lighter_runs
+from train.planner.plans import make_plan
 from train.planner.predictor import Planner
 from train.stages.class_data import batch_of
 from train.stages.memory import load_config
@@ -45,8 +49,8 @@ def offline(monkeypatch):
     [
         (
             ["+experiment=tarot", "precision=nf4", "memory=24gb"],
-            "dev in nf4 ... 2 ... 4096 tokens ... 512 ... 34.7 ... predicted ... 1,000 steps are predicted to take ... "
-            "hours, without encoding ... 24 GB ... memory=auto",
+            "dev in nf4 ... 2 ... 4096 tokens ... 512 ... text encoder 19.1 ... 1,000 steps are predicted "
+            "to take ... hours, without encoding ... 24 GB ... memory=auto",
         ),
         (["model=tiny", "device=cpu"], "tiny in fp32 ... 64 tokens ... host memory"),
         (["+experiment=demo", "memory=8gb"], "8 GB ... 10"),
@@ -254,7 +258,7 @@ def test_on_a_cpu_nothing_is_offloaded_because_it_would_stay_in_host_memory(smal
 
 
 def test_a_plan_for_a_cpu_speaks_of_host_memory_and_of_no_gpu(run_command, small, monkeypatch):
-    monkeypatch.setattr("train.plan.free_bytes", lambda device: 7 * GIB)
+    monkeypatch.setattr("train.planner.plans.free_bytes", lambda device: 7 * GIB)
     code, out, err = run_command(*small("device=cpu", "memory=auto"), task=plan.main)
     assert code == 0, err
     assert "For 7.52 GB of free host memory memory=auto would choose memory.checkpointing=none" in out
@@ -296,3 +300,79 @@ def test_a_resumed_run_keeps_what_was_chosen_for_it(train, small, monkeypatch, t
     train("run", "memory=auto", "memory.gpu_memory_gb=9", "steps=3", f"resume={run}")
     assert "memory.checkpointing=full" in capsys.readouterr().out
     assert OmegaConf.load(file).memory.checkpointing == "full"
+
+
+# ------------------------------------------------------------------ host memory, disk, text encoder, lighter runs
+
+
+def test_the_host_memory_is_that_of_the_choice_and_of_each_gpu(run_command):
+    code, out, err = run_command("model=dev", "batch_size=1", "+card=24", task=plan.main)
+    assert (code, err) == (0, "")
+    as_set, chosen = (
+        float(re.search(rf"{words} ([\d.]+) GB", out)[1]) for words in ("Host memory, predicted:", "host memory of")
+    )
+    assert as_set < 8
+    assert chosen > 60
+    rows = {row[0].split()[0]: row for row in plan_tables.gpu_rows(make_plan(compose("model=dev", "batch_size=1")))}
+    best = make_plan(compose("model=dev", "batch_size=1", "+card=24")).best()
+    assert float(rows["24"][5]) == round(chosen) == round(best.host_memory / 1e9)
+    assert best.pinned == pytest.approx(chosen * 1e9 - 6.4e9, abs=1e8)
+    assert float(rows["141"][5]) < 8
+    assert [rows[size][1] for size in ("8", "16", "24", "48")] == ["cpu", "nf4", "int8", "yes"]
+    assert max(map(len, out[out.index("Which GPU") : out.index("For a GPU")].splitlines())) <= 80
+
+
+def test_what_encodes_prompts_is_what_a_user_set(run_command):
+    def cells(*given):
+        return [row[1] for row in plan_tables.gpu_rows(make_plan(compose("model=dev", *given)))]
+
+    assert cells("text_encoder.storage=nf4")[2:] == ["yes"] * 7
+    assert set(cells("text_encoder.storage=null", "text_encoder.device=null")[:5]) == {"remote"}
+    assert set(cells("text_encoder=remote")) == {""}
+    chosen = make_plan(compose("model=dev", "memory=24gb"))
+    assert chosen.now.phases["prompts"]["text encoder"] == pytest.approx(19.1e9, rel=0.01)
+    on_cpu = make_plan(compose("model=dev", "memory=8gb", "text_encoder.storage=null")).best()
+    assert on_cpu is None  # nothing of the transformer fits
+    small = make_plan(compose("model=klein_base_4b", "memory=8gb", "text_encoder.storage=null", "batch_size=1")).now
+    assert "prompts" not in small.phases
+    assert small.host_encoding["text encoder"] == pytest.approx(6.2e9, rel=0.02)
+    assert small.host_memory == sum(small.host.values())  # which is more, and comes later
+
+
+def test_where_a_run_fits_badly_lighter_ones_are_planned_and_can_be_copied(run_command):
+    given = ["model=dev", "batch_size=1", "name=my run", "memory=default", "memory.checkpointing=full"]
+    code, out, err = run_command(*given, "+card=12", task=plan.main)
+    assert (code, err) == (0, "")
+    lines = out[out.index("Lighter on the same GPU:") :].splitlines()[1:]
+    assert lines[1].strip() == "python train/run.py batch_size=1 'name=my run' model=klein_base_4b memory=auto"
+    assert lines[3].split()[-2:] == ["buckets.resolution=512", "memory=auto"]
+    for words, said in ((lines[1], lines[0]), (lines[3], lines[2])):
+        again = make_plan(compose(*shlex.split(words)[2:-1], "memory=12gb"))
+        assert f"{again.now.training / 1e9:.1f} GB and {again.now.host_memory / 1e9:.1f} of" in said
+        assert f"{again.now.seconds(again.on):.2f} s a step" in said
+    fitting = compose("model=dev", "memory=80gb", "batch_size=1")
+    assert not list(lighter_runs(fitting, make_plan(fitting)))
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [("klein_4b", "klein_base_4b"), ("klein_9b_kv", "klein_base_9b"), ("klein_base_4b", ""), ("dev", "")],
+)
+def test_a_model_that_is_distilled_to_few_steps_is_objected_to(run_command, model, base):
+    code, out, _ = run_command(f"model={model}", "precision=nf4", "batch_size=1", "+card=80", task=plan.main)
+    assert code == 0
+    assert holds(out, f"model={model} is distilled to 4 steps ... model={base} instead") == bool(base)
+
+
+def test_a_run_on_a_distilled_model_says_so_at_its_start_once(capsys):
+    load_config(compose("model=klein_4b", "device=cpu"))
+    assert capsys.readouterr().err.count("Train model=klein_base_4b instead") == 1
+    load_config(OmegaConf.to_container(compose("model=klein_4b", "device=cpu"), resolve=True))  # to evaluate one
+    assert "distilled" not in capsys.readouterr().err
+
+
+def test_the_disk_is_of_one_image_where_the_images_are_elsewhere(run_command):
+    given = "model=klein_base_4b", "dataset=huggingface", "dataset.path=someone/cards", "+card=80"
+    code, out, _ = run_command(*given, task=plan.main)
+    assert code == 0
+    assert holds(out, "Disk, predicted: ... 7.9 MB ... 1 image of 2.1 MB ... not here")

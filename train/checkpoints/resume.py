@@ -34,7 +34,7 @@ FREE_KEYS = set(
     "name steps batch_size gradient_accumulation log_every checkpoint_every sample_every validate_every resume "
     "output_dir cache_dir quantized_cache_dir device shard keep_last keep_best keep_every max_nonfinite_steps "
     "allow_changed_data sample tracker hub memory text_encoder.max_concurrent_requests text_encoder.timeout "
-    "text_encoder.attempts text_encoder.wait".split()
+    "text_encoder.attempts text_encoder.wait text_encoder.device".split()
 )
 # samples may be in another place on another machine; train/checkpoints/data_manifest.py compares their content
 PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
@@ -139,14 +139,18 @@ class NewRun:
     def conflicts(self, folder: Path, start: Path | None, *, moved: bool = True) -> str:
         """Return the differences that prevent resuming the run in `folder` from `start`; empty if there are none.
 
+        What is `auto` in the group `text_encoder` becomes what that run has (train/stages/memory.py).
+
         With `moved` the samples may be in another place, because `TrainingData.check_unchanged` later compares their
         content. Without it, their place tells whether the run is the intended one. Raises ValueError if the run's
         configuration or the checkpoint's state cannot be read.
         """
+        own = self.config.get("text_encoder")
+        chosen = {f"text_encoder.{key}" for key, value in own.items() if value == "auto"} if own else set()
         found = [
             text
             for key, text in differences(configuration(folder), self.config).items()
-            if not {key, key.partition(".")[0]} & FREE_KEYS and not (moved and PLACES.fullmatch(key))
+            if not {key, key.partition(".")[0]} & (FREE_KEYS | chosen) and not (moved and PLACES.fullmatch(key))
         ]
         before = self.images if start is None else read_state(start)["images_per_step"]
         if before != self.images:

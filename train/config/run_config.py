@@ -71,11 +71,6 @@ def own_names(group: str) -> set[str]:
     return {field.name for field in fields(OWN[group])} if group in OWN else set()
 
 
-def open_image(path: str) -> Picture:
-    """Return the image at `path`; its file is read on `load`."""
-    return Picture(path, FileOpener(str(user_path(path))))
-
-
 class RunConfig:
     """The objects of one configuration. Constructing it checks every setting; nothing is set on it afterwards.
 
@@ -170,6 +165,13 @@ class RunConfig:
         other.precision = other.memory.with_layouts(self.precision)
         return other
 
+    def with_text_encoder(self, chosen: dict[str, Any]) -> RunConfig:
+        """Return a copy with `chosen` in its group `text_encoder`, which the run also writes to its config.yaml."""
+        other = copy.copy(self)
+        other.composed = {**self.composed, "text_encoder": {**self.composed["text_encoder"], **chosen}}
+        other.text_encoder = other.instantiate("text_encoder")
+        return other
+
     def with_batch_size(self, chosen: int) -> RunConfig:
         """Return a copy with `batch_size`, which the run also writes to its config.yaml."""
         other = copy.copy(self)
@@ -233,8 +235,8 @@ class RunConfig:
                 check_scale(kind, scale)
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
-        for path in self.sample.files:
-            open_image(path).load()
+        for picture in self.sample_references(self.sample.files)[0]:
+            picture.load()
         return self
 
     def _check_start(self, model: Transformer) -> None:
@@ -360,17 +362,13 @@ class RunConfig:
         """Return the object of a group with a `_target_`; its arguments `excluded` are no settings."""
         if self.is_saved:
             check_own_targets(group, self.composed[group])
-        own = own_names(group)
-        return instantiate(
-            group, {key: value for key, value in self.composed[group].items() if key not in own}, excluded
-        )
+        given = {key: value for key, value in self.composed[group].items() if key not in own_names(group)}
+        return instantiate(group, given, excluded)
 
     def _own_settings(self, group: str) -> Any:
         """Return the settings of a group with a `_target_` that are not arguments of it."""
-        own = own_names(group)
-        return parse_settings(
-            group, {key: value for key, value in self.composed[group].items() if key in own}, OWN[group]
-        )
+        given = {key: value for key, value in self.composed[group].items() if key in own_names(group)}
+        return parse_settings(group, given, OWN[group])
 
     def attach_adapter(self, model: Transformer) -> nn.Module:
         """Attach the configured adapter, and the saved one that is frozen next to it, to a model to plan or check."""
@@ -396,4 +394,4 @@ class RunConfig:
     def sample_references(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
         """Return the reference images of a sample prompt, and the maximum number of pixels of each."""
         limit = reference_limit(self.variant, len(paths))
-        return [open_image(path) for path in paths], limit
+        return [Picture(path, FileOpener(str(user_path(path)))) for path in paths], limit

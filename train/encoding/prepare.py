@@ -162,6 +162,17 @@ def fill(
     return bad
 
 
+def with_fingerprints(request: CacheRequest, known: Fingerprints) -> CacheRequest:
+    return replace(request, source=replace(request.source, fingerprints=known))
+
+
+def missing_prompts(request: CacheRequest) -> int:
+    """Return the number of prompts without an embedding in the cache; loads and writes nothing."""
+    cache = request.cache
+    known = Fingerprints(cache.folder / FINGERPRINTS if cache.shared else None)
+    return with_fingerprints(request, known).plan_embeddings().missing
+
+
 def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     """Fill the cache, or this start's share, with the latents of all samples and the embeddings of all their prompts.
 
@@ -170,7 +181,7 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     cache, device = request.cache, accelerator.device
     lease = Lease(cache)
     known = Fingerprints(cache.folder / FINGERPRINTS if cache.shared else None)
-    request = replace(request, source=replace(request.source, fingerprints=known))
+    request = with_fingerprints(request, known)
     # images first, so that their errors are known before the slow text encoder runs
     latents = request.plan_latents()
     embeddings = request.plan_embeddings()
@@ -216,7 +227,7 @@ def remove_unused(request: CacheRequest, *others: CacheRequest) -> str:
     known = Fingerprints(cache.folder / FINGERPRINTS)
     used, pictures = set[str](), list[Picture]()
     for each in (request, *others):
-        own = replace(each, source=replace(each.source, fingerprints=known))
+        own = with_fingerprints(each, known)
         latents = own.plan_latents()
         used |= {*latents.work, *own.plan_embeddings().keys.values()}
         pictures += [work.picture for work in latents.work.values()]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from flux2.weights.sources import ModelSource
 from train.utils.checks import check_count
 
 MOST_CONCURRENT_REQUESTS = 64
+AutoName = Literal["auto"]
+AUTO: AutoName = "auto"  # a value that memory=auto chooses
 log = logging.getLogger(__name__)
 Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
@@ -29,6 +31,7 @@ class PromptEncoder(Protocol):
 
     here: bool  # whether it runs on this machine and takes its memory
     storage: TextStorage | None  # of its layers' weights on this machine; None is the run's dtype
+    device: str | None  # cpu, or None for that of the run
     length: int | None  # number of tokens that prompts are padded to; None is the model's own
     max_concurrent_requests: int  # number of concurrent calls, one prompt each
     cut: list[str]  # prompts that were truncated to the length
@@ -44,16 +47,25 @@ class PromptEncoder(Protocol):
 
 
 class LocalTextEncoder:
-    """The model's own text encoder on this machine, with the attributes of `PromptEncoder`."""
+    """The model's own text encoder on this machine, with the attributes of `PromptEncoder`.
+
+    `auto` is what memory=auto chooses (train/stages/memory.py). Until then, and without it, it is None: not quantized,
+    on the device of the run.
+    """
 
     here = True
     max_concurrent_requests = 1
 
-    def __init__(self, length: int | None = None, storage: TextStorage | None = None) -> None:
+    def __init__(
+        self, length: int | None = None, storage: TextStorage | AutoName | None = None, device: str | None = None
+    ) -> None:
         if length is not None:
             check_count("text_encoder.length", length, 1, MAX_LENGTH)
-        check_storage(storage, "text_encoder.storage")
-        self.length, self.storage = length, storage
+        if device not in (None, "cpu", AUTO):
+            raise ValueError(f"text_encoder.device={device!r} must be cpu, {AUTO}, or null: the device of the run")
+        self.length, self.device = length, None if device == AUTO else device
+        self.storage: TextStorage | None = None if storage == AUTO else storage
+        check_storage(self.storage, "text_encoder.storage", f"{AUTO}, or null")
         self.cut: list[str] = []
 
     def check(self, variant: Variant) -> None:
@@ -64,7 +76,7 @@ class LocalTextEncoder:
         return embedding_identity(text, files, self.length or text.length, dtype, self.storage)
 
     def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
-        encoder = load_text_encoder(source, device, dtype, self.storage)
+        encoder = load_text_encoder(source, self.device or device, dtype, self.storage)
         self.cut = encoder.cut
         return lambda prompts: encoder.encode(prompts, self.length)
 
@@ -84,6 +96,7 @@ class RemoteTextEncoder:
 
     here = False
     storage = None
+    device = None
 
     def __init__(
         self,

@@ -19,9 +19,13 @@ from train.pages.datasets import check_files
 from train.pages.settings import SettingError
 from train.pages.workspace import Refused
 from train.planner.gpus import SIZES
+from train.planner.lighter_runs import lighter_runs
+from train.planner.plan_tables import GPU_COLUMNS, gpu_rows
+from train.planner.plans import make_plan
 from train.reports.batch_sheet import WIDTH
 from train.reports.html import data_uri
 from train.stages.first_batch import plan_first_batch
+from train.stages.memory import distilled_model
 from train.utils.text import many
 
 router = APIRouter()
@@ -138,8 +142,9 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
     card = [] if chosen.card is None else [f"+card={chosen.card:g}"]
     config = forms.compose([*overrides, *card])
     try:
-        found = planning.make_plan(config)
-        rows, seen = list(planning.gpu_rows(found)) if found.on_gpu else [], planning.times_seen(found.run)
+        found = make_plan(config)
+        rows, about = list(gpu_rows(found)) if found.on_gpu else [], planning.about_images(found)
+        lighter = [(one, forms.typed_command(one.command(overrides))) for one in lighter_runs(config, found)]
     except USER_ERRORS as error:
         raise forms.error_of(error, overrides) from error
     step = planning.describe(found.planner, found.now, found.on, found.name)
@@ -153,8 +158,10 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
                 best=best,
                 step=step,
                 total=planning.total_time(found),
-                seen=seen,
-                columns=planning.GPU_COLUMNS,
+                notes=[*about, planning.text_encoder_text(found), distilled_model(found.run.variant)],
+                host=planning.host_text,
+                lighter=lighter,
+                columns=GPU_COLUMNS,
                 rows=rows,
                 colors={name: place for place, name in enumerate(dict.fromkeys(chain(*found.now.phases.values())))},
                 widest=max([found.limit, *map(found.now.total, found.now.phases)]),
@@ -179,7 +186,7 @@ def batch(request: Request, chosen: StartForm) -> dict[str, str]:
         count = sum(check_files(known.workspace, group) for group in plain)
         if count > MOST_SAMPLES:
             raise ValueError(f"{many(count, 'image')} are too many to read while a page waits. Type: {command}")
-        first = plan_first_batch(planning.make_plan(config).run)
+        first = plan_first_batch(make_plan(config).run)
         image = data_uri(first.sheet(), WIDTH)
     except Refused:
         raise
@@ -196,7 +203,7 @@ def run(request: Request, chosen: StartForm) -> dict[str, str]:
     overrides = overrides_of(known, chosen)
     config = forms.compose(overrides)
     try:
-        planning.make_plan(config.copy())
+        make_plan(config.copy())
     except USER_ERRORS as error:
         raise forms.error_of(error, overrides) from error
     name = str(config.name)

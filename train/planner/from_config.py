@@ -28,13 +28,17 @@ from train.objective.loss import DPO
 from train.objective.target import ContrastiveGuidance
 from train.planner.gpus import CONTEXT_GB, GIB, Gpu, gpu, usable
 from train.planner.prediction import Prediction
-from train.planner.predictor import Planner
+from train.planner.predictor import LIBRARIES, Planner
 from train.planner.search import choose, does_not_fit, lighter, smaller, step_down
-from train.planner.workload import Workload, tokens
+from train.planner.text_encoder_memory import first_fit, prompt_bytes, text_encoder_choices
+from train.planner.workload import TextEncoderChoice, Workload, tokens
 from train.sweeps.reuse import SHARED
 from train.utils.checks import is_count
 from train.utils.memory import OutOfMemory
 
+ELSEWHERE = (
+    "Encode on another machine: text_encoder=remote, or fill the cache there (train/cache.py) and copy cache_dir."
+)
 BATCHES = (1, 2, 4, 8, 16)  # that batch_size=auto chooses from
 LEAST_GAIN = 0.03  # share of the time of an image that a larger batch saves at least, because it makes fewer steps
 LEAST_STEP = 0.03  # share of a run's memory that advice after out of memory saves at least, because of fragmentation
@@ -146,7 +150,7 @@ def workload_of(
         kernels=on_gpu and config.memory.kernels == "triton" and config.memory.compile is not True,
         usual=is_usual and precision == plain and not held + outside + guided and prior is None,
         text_sizes=text_sizes(config.source),
-        text_storage=config.text_encoder.storage,
+        text_encoder=TextEncoderChoice(config.text_encoder.storage, config.text_encoder.device),
         text_here=config.text_encoder.here,
         num_shards=config.num_shards,
         num_gpus=num_gpus,
@@ -200,9 +204,13 @@ def memory_size(config: RunConfig, memory: Mapping[str, Any]) -> float:
     """
     if memory.get("gpu_memory_gb") not in (None, FREE):
         return float(memory["gpu_memory_gb"])
-    least = min(map(free_bytes, config.devices))
-    free = torch.tensor([float(least)], dtype=torch.float64, device=config.accelerator.device)
-    return round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
+    return round(least_of(config, min(map(free_bytes, config.devices))) / GIB + CONTEXT_GB, 1)
+
+
+def least_of(config: RunConfig, own: float) -> float:
+    """Return the minimum of a number of all processes; all must call this."""
+    numbers = torch.tensor([float(own)], dtype=torch.float64, device=config.accelerator.device)
+    return config.accelerator.gather(numbers).min().item()
 
 
 def fastest_batch(
@@ -258,6 +266,35 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
     return dict(memory) | chosen | {"gpu_memory_gb": gpu_memory_gb}, why
 
 
+def planned_text_encoder(config: RunConfig, is_cached: Callable[[str | None], bool]) -> tuple[TextEncoderChoice, str]:
+    """Return the choice of `text_encoder` that fits the memory of `config`, and a message if it is not the default.
+
+    `is_cached` tells whether all prompts are encoded with a storage, so that its memory does not matter. Raises
+    ValueError if nothing fits.
+    """
+    memory, given, device = config.composed["memory"], config.composed["text_encoder"], config.accelerator.device
+    job, size = workload_of(config, device.type == "cuda"), memory["gpu_memory_gb"]
+    limit, libraries = limit_of(memory, size), LIBRARIES if job.on_gpu else 0.0
+    host = least_of(config, psutil.virtual_memory().available / config.accelerator.num_processes)  # each loads its own
+    chosen = first_fit(job, given, limit, host, libraries, is_cached)
+    where = f"{size:g} GB" if job.on_gpu else free_host_memory(size)
+    choices = list(text_encoder_choices(given, job.on_gpu))
+    if chosen is None:
+        last = choices[-1]
+        needed, on_cpu = sum(prompt_bytes(job, last.storage)), f" and {gigabytes(host)} in host memory" * job.on_gpu
+        raise ValueError(
+            f"text_encoder: the text encoder{f' {last.words}' if last.words else ''} is predicted to need "
+            f"{gigabytes(needed)}, and {gigabytes(limit)}{on_cpu} can be used. {ELSEWHERE}"
+        )
+    if chosen == choices[0]:
+        return chosen, ""
+    differs = "; other embeddings than in full" if chosen.storage != choices[0].storage else ""
+    return chosen, (
+        f"text encoder {chosen.words}, so that it fits {where}{differs}. Set text_encoder.storage and "
+        "text_encoder.device to choose"
+    )
+
+
 def planned_split(config: RunConfig) -> tuple[dict[str, Any], str]:
     """Return the group `memory` with memory.split=auto replaced by numbers of blocks, and a message."""
     memory = config.composed["memory"]
@@ -308,8 +345,9 @@ def advice(config: RunConfig, error: OutOfMemory) -> str:
     """Return advice after out of memory: the planner's next smaller setting, or how to make the encoders smaller."""
     if error.phase == "prompts":
         return (
-            "Quantize the text encoder (text_encoder.storage=nf4), use one on another machine (text_encoder=remote), "
-            "or fill the cache where there is more memory (train/cache.py, or device=cpu)."
+            "Quantize the text encoder (text_encoder.storage=nf4), encode in host memory (text_encoder.device=cpu), "
+            "use one on another machine (text_encoder=remote), or fill the cache where there is more memory "
+            "(train/cache.py)."
         )
     if error.phase == "images":
         return "Set a smaller buckets.resolution or reference_resolution."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from train.config.memory import Choice
 from train.planner.gpus import Gpu
 from train.planner.step_memory import Work
 
+ENCODING = ("prompts", "images")  # phases that fill the cache, before the transformer is loaded
 NOT_OVERLAPPED = 0.1  # assumed: the share of the shorter of copies and compute that the longer does not hide
 
 
@@ -28,6 +29,7 @@ class Prediction:
     split: tuple[int, ...] = ()  # number of blocks on each of several devices
     later_phases: Sequence[Mapping[str, Mapping[str, float]]] = ()
     between: float = 0.0  # bytes copied from device to device per step
+    host_encoding: Mapping[str, float] = field(default_factory=dict)  # while the CPU encodes prompts for a GPU
 
     @property
     def settings(self) -> str:
@@ -37,6 +39,20 @@ class Prediction:
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
+
+    @property
+    def host_parts(self) -> Mapping[str, float]:
+        """Bytes in host memory by component, in the phase that needs most: training, or prompts that a CPU encodes."""
+        return max(self.host, self.host_encoding, key=lambda parts: sum(parts.values()))
+
+    @property
+    def host_memory(self) -> float:
+        return sum(self.host_parts.values())
+
+    @property
+    def pinned(self) -> float:
+        """Bytes of host memory that cannot be swapped out."""
+        return self.host["streamed blocks"] + self.host["block inputs"]
 
     @property
     def peaks(self) -> list[float]:
@@ -58,4 +74,4 @@ class Prediction:
 
 
 def training_peak(phases: Mapping[str, Mapping[str, float]]) -> float:
-    return max(sum(parts.values()) for phase, parts in phases.items() if phase not in ("prompts", "images"))
+    return max(sum(parts.values()) for phase, parts in phases.items() if phase not in ENCODING)

@@ -29,7 +29,7 @@ from train.config.memory import Choice
 from train.optim.optimizers import averages_weights
 from train.planner.division import Part, divide, parts_of
 from train.planner.optimizer_memory import optimizer_bytes, update_bytes
-from train.planner.prediction import Prediction, training_peak
+from train.planner.prediction import ENCODING, Prediction, training_peak
 from train.planner.step_memory import (
     Cost,
     Shape,
@@ -43,8 +43,8 @@ from train.planner.step_memory import (
     train_block,
     train_end,
 )
-from train.planner.text_encoder_memory import TEXT_SIZES, text_encoder_bytes
-from train.planner.workload import Workload, frozen, tokens
+from train.planner.text_encoder_memory import cpu_encoding, prompt_bytes
+from train.planner.workload import TextEncoderChoice, Workload, frozen, tokens
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
@@ -304,9 +304,8 @@ class Planner:
             "process (assumed)": PROCESS,
         }
         work *= job.accumulation
-        return Prediction(
-            choice, self.encoders() | first, host, work, moved, job.compiled, tuple(split), later, between
-        )
+        found = Prediction(choice, first, host, work, moved, job.compiled, tuple(split), later, between)
+        return self.with_text_encoder(found, job.text_encoder)
 
     def phases(self, choice: Choice, part: Part) -> dict[str, dict[str, float]]:
         """Return the memory of the device of `part` by component, in each phase with the transformer loaded."""
@@ -380,16 +379,19 @@ class Planner:
     def _peak(self, choice: Choice, part: Part) -> float:
         return training_peak(self.phases(choice, part))
 
-    def encoders(self) -> dict[str, dict[str, float]]:
+    def with_text_encoder(self, prediction: Prediction, choice: TextEncoderChoice) -> Prediction:
+        """Return the prediction with the text encoder of `choice` instead of the one that is set."""
+        trained = {name: parts for name, parts in prediction.phases.items() if name not in ENCODING}
+        in_host = cpu_encoding(self.job, choice, PROCESS)
+        return replace(prediction, phases=self.encoders(choice) | trained, host_encoding=in_host)
+
+    def encoders(self, choice: TextEncoderChoice | None = None) -> dict[str, dict[str, float]]:
         """Return the phases that fill the cache; a run with a complete cache skips them."""
-        job, libraries = self.job, self.libraries
+        job, libraries, choice = self.job, self.libraries, choice or self.job.text_encoder
         weights, encode, decode = self.autoencoder
         phases: dict[str, dict[str, float]] = {}
-        width = job.variant.transformer.text_width // len(job.variant.text.layers)
-        sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
-        if sizes and job.text_here:
-            kept = job.dtype, sizes, job.text_storage
-            held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
+        held, activations = prompt_bytes(job, choice.storage)
+        if held and not (job.on_gpu and choice.device == "cpu"):
             phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
         working = max(encode, decode) if job.class_pixels else encode  # class images are decoded
         phases["images"] = {"autoencoder": weights, "working set": working, **libraries}

@@ -16,6 +16,24 @@ from train.planner.step_memory import Shape
 
 
 @dataclass(frozen=True)
+class TextEncoderChoice:
+    """Values for the keys of `text_encoder` that can be `auto`."""
+
+    storage: str | None = None  # of its layers: int8, nf4, or None
+    device: str | None = None  # cpu, or None: that of the run
+
+    @property
+    def words(self) -> str:
+        """What differs from the default, such as "in nf4"; empty without a difference."""
+        return " ".join([*([f"in {self.storage}"] if self.storage else []), *(["on the CPU"] if self.device else [])])
+
+    @property
+    def overrides(self) -> str:
+        values = {"storage": self.storage, "device": self.device}
+        return " ".join(f"text_encoder.{key}={value}" for key, value in values.items() if value)
+
+
+@dataclass(frozen=True)
 class Workload:
     """The part of a configuration that determines memory and step time. Sizes in pixels are (width, height)."""
 
@@ -45,7 +63,7 @@ class Workload:
     kernels: bool = False  # whether Triton kernels compute what lies between the products
     usual: bool = True  # whether the run has the precision, attention and kernels of the benchmarks, no preservation
     text_sizes: Mapping[str, int] = field(default_factory=dict)
-    text_storage: str | None = None  # of the text encoder's layers: nf4, int8, or None
+    text_encoder: TextEncoderChoice = field(default_factory=TextEncoderChoice)
     text_here: bool = True  # whether the text encoder runs on this machine
     num_shards: int = 1  # number of processes that the base is sharded over
     num_gpus: int = 1  # GPUs that the blocks are divided over

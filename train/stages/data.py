@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as memoized
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from train.checkpoints.checkpoint import read_state
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
-from train.encoding.prepare import PICTURES, CacheRequest, prepare
+from train.encoding.prepare import PICTURES, CacheRequest, missing_prompts, prepare
 from train.objective.loss import MSE
 from train.objective.objective import Objective, check_pairs
 from train.objective.prior import ClassPictures
@@ -165,6 +166,16 @@ def paths(dataset: object) -> list[object]:
     return [dataset.get("path"), *(path for source in sources for path in paths(source))]
 
 
+def extra_prompts(config: RunConfig, samples: Sequence[Sample]) -> list[str]:
+    """Return the prompts that a run encodes in addition to the captions and the empty one."""
+
+    def captions() -> Iterator[str]:
+        return (caption for sample in samples for caption in sample.captions)
+
+    preserved = config.preservation.all_prompts(captions()) if config.prior is None else config.prior.prompts
+    return [*config.sample.prompts, *preserved, *config.target.all_prompts(captions())]
+
+
 def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequest:
     """Return what to cache for `samples`; the default is the configuration's dataset."""
     cache = config.settings.cache_dir
@@ -181,16 +192,12 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
         if config.buckets.each_resolution:
             samples.repeat_at(config.buckets.filled)
 
-    def captions() -> Iterator[str]:
-        return (caption for sample in samples for caption in sample.captions)
-
-    preserved = config.preservation.all_prompts(captions()) if config.prior is None else config.prior.prompts
     return CacheRequest(
         source,
         config.text_encoder,
         store,
         samples,
-        [*config.sample.prompts, *preserved, *config.target.all_prompts(captions())],
+        extra_prompts(config, samples),
         config.buckets,
         config.settings.reference_resolution**2,
         config.precision.dtype,
@@ -200,13 +207,38 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
     )
 
 
+def with_captions(request: CacheRequest, classes: Source | None) -> CacheRequest:
+    """Return the request with the captions of class images, which are encoded in the same pass."""
+    captions = [caption for sample in classes or [] for caption in sample.captions]
+    return replace(request, prompts=[*request.prompts, *captions])
+
+
+def embedding_check(config: RunConfig) -> Callable[[str | None], bool]:
+    """Return a function that tells whether the cache has all prompts, as a text encoder of a `storage` encodes them.
+
+    A run then loads no text encoder. The samples are read when the function is called, once.
+    """
+
+    @memoized
+    def request() -> CacheRequest:
+        found = cache_request(config)
+        found.digests.close()
+        return with_captions(found, class_dataset(config))
+
+    @memoized
+    def has_all(storage: str | None) -> bool:
+        encoder = config.with_text_encoder({"storage": storage}).text_encoder
+        return config.settings.cache_dir is not None and not missing_prompts(replace(request(), text_encoder=encoder))
+
+    return has_all
+
+
 def prepare_samples(config: RunConfig, share: tuple[int, int] = (0, 1)) -> PreparedData:
     """Fill the cache for training, including class images, or a share of it: every n-th entry, as (i, n)."""
     request, classes = replace(cache_request(config), share=share), class_dataset(config)
     check_pairs(config.loss, config.target, request.samples)
     check_pairs(MSE(), Flow(), classes or [])
-    captions = [caption for sample in classes or [] for caption in sample.captions]  # encoded in the same pass
-    cached = prepare(config.accelerator, replace(request, prompts=[*request.prompts, *captions]))
+    cached = prepare(config.accelerator, with_captions(request, classes))
     if config.prior is None:
         request.digests.close()
         return PreparedData(request.samples, cached)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from flux2.memory.compile_blocks import compiler_error
 from flux2.memory.kernels import choose_kernels
-from flux2.models.variants import Variant
+from flux2.models.variants import Variant, undistilled
 from train.checkpoints.resume import RunLocation
 from train.config.memory import AUTO, choice_of
 from train.config.run_config import RunConfig
@@ -23,9 +23,11 @@ from train.planner.from_config import (
     memory_size,
     planned,
     planned_split,
+    planned_text_encoder,
     still_fits,
 )
-from train.stages.data import TrainingData
+from train.planner.workload import TextEncoderChoice
+from train.stages.data import TrainingData, embedding_check
 from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import OutOfMemory
 
@@ -34,9 +36,21 @@ def load_config(config: DictConfig | dict[str, Any]) -> RunConfig:
     """Parse a configuration, choose its memory settings, and check all settings together (`RunConfig.dry_run`)."""
     checked = choose_memory(RunConfig(config)).dry_run()
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if checked.accelerator.is_main_process and (note := unchosen_model(checked.variant, words)):
+    notes = unchosen_model(checked.variant, words), "" if checked.is_saved else distilled_model(checked.variant)
+    for note in filter(None, notes if checked.accelerator.is_main_process else ()):
         warn(note)
     return checked
+
+
+def distilled_model(variant: Variant) -> str:
+    """Return a warning if the model to train is one that is distilled to few steps."""
+    if (base := undistilled(variant)) is None:
+        return ""
+    works = f", whose adapters also work with {variant.name}" if base.transformer == variant.transformer else ""
+    return (
+        f"model={variant.name} is distilled to {variant.steps} steps, which training on it may undo. Train "
+        f"model={base.name} instead{works}"
+    )
 
 
 def unchosen_model(variant: Variant, overrides: Sequence[str]) -> str:
@@ -105,6 +119,36 @@ def keep_resumed_memory(config: RunConfig, location: RunLocation) -> RunConfig:
     config = config.with_memory(before)
     config.say(f"memory settings of the resumed run: {choice_of(before)}")
     return config
+
+
+def choose_text_encoder(config: RunConfig, location: RunLocation | None = None) -> RunConfig:
+    """Return the configuration with the keys of `text_encoder` that are `auto` decided.
+
+    They are as in the run that is resumed, whose embeddings they determine. Otherwise, with `gpu_memory_gb`, the
+    planner chooses the first that fits, or that the cache has all prompts of. Raises ValueError if there is none.
+    """
+    given = config.composed["text_encoder"]
+    free = [key for key in ("storage", "device") if given.get(key) == AUTO]
+    if not free:
+        return config
+    if location is not None and location.checkpoint is not None:
+        before = location.resumed_config.get("text_encoder", {})
+        kept = {key: None if before.get(key) == AUTO else before.get(key) for key in free}
+        chosen = TextEncoderChoice(**kept)
+        why = f"text encoder {chosen.words}, as in the resumed run" if chosen.words else ""
+    elif config.memory.gpu_memory_gb is None:
+        chosen, why = TextEncoderChoice(), ""
+    else:
+        chosen, why = planned_text_encoder(config, embedding_check(config))
+    if why:
+        config.say(why)
+    return config.with_text_encoder({key: getattr(chosen, key) for key in free})
+
+
+def settle_memory(config: RunConfig, location: RunLocation) -> RunConfig:
+    """Return the configuration with what depends on the run that is resumed, if there is one."""
+    config = keep_kernels(keep_resumed_memory(config, location), location)
+    return choose_text_encoder(config, location)
 
 
 def choose_compile(config: RunConfig, location: RunLocation, data: TrainingData) -> RunConfig:

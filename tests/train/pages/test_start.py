@@ -84,6 +84,17 @@ def test_a_plan_is_drawn_with_its_command(page):
     assert "train/run.py model=klein_base_4b &#39;name=my run&#39;" in text
     assert "+card=24" in text
     assert text.count('class="phase"') >= 4
+    assert "Lighter on the same GPU" not in text
+    assert "prompts of 7.9 MB each" in text
+    assert re.search(r"Host memory: \d+\.\d GB \(", text)
+
+
+def test_a_plan_that_fits_badly_names_what_is_lighter_and_what_encodes(page):
+    values = {"batch_size": "1", "name": "<b>"}
+    text = page.submit("/start/plan", groups={"model": "dev"}, values=values, card=24)["html"]
+    assert re.search(r"Lighter on the same GPU: model=klein_base_4b: [\d.]+ GB and [\d.]+ of host memory", text)
+    assert re.search(r"train/run\.py batch_size=1 \S*name=\S*&lt;b&gt;\S* model=klein_base_4b memory=auto", text)
+    assert "memory=auto would take text_encoder.storage=int8" in text
 
 
 def test_a_look_at_a_batch_shows_what_is_trained_first_and_its_command(page, tmp_path, monkeypatch):
