@@ -106,7 +106,7 @@ def test_an_adapter_is_exported_on_the_device(trained: Path, tmp_path: Path) -> 
 )
 def test_runs_of_every_kind_end(settings: list[str], cache: Path, tmp_path: Path) -> None:
     drawn = [f"preservation.folder={tmp_path}/class"] if "preservation=prior" in settings else []
-    done = attempt(*DEBUG, f"output_dir={tmp_path}/run", f"cache_dir={cache}", *settings, *drawn)
+    done = attempt(*DEBUG, f"output_dir={tmp_path}/run", f"cache_dir={cache}", *settings, *drawn, gb=8)
     assert done.returncode == 0, done.stderr[-3000:]
     assert steps(tmp_path / "run")[-1] == 2
 

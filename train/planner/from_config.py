@@ -209,6 +209,8 @@ def memory_size(config: RunConfig, memory: Mapping[str, Any]) -> float:
 
 def least_of(config: RunConfig, own: float) -> float:
     """Return the minimum of a number of all processes; all must call this."""
+    if config.accelerator.num_processes == 1:
+        return own
     numbers = torch.tensor([float(own)], dtype=torch.float64, device=config.accelerator.device)
     return config.accelerator.gather(numbers).min().item()
 
