@@ -212,7 +212,7 @@ def test_an_interval_of_zero_is_off(train):
     run = train("run", "log_every=0", "sample.prompts=[a red cup]")
     assert (run / "metrics.jsonl").read_text() == ""
     assert sorted(path.name for path in run.iterdir()) == [
-        *("adapter", "config.yaml", "data.json", "metrics.jsonl", "report.html")
+        *("adapter", "config.yaml", "data.json", "first_batch.png", "metrics.jsonl", "report.html")
     ]
 
 

@@ -238,7 +238,8 @@ def test_two_processes_train_as_one_does(server, pictures, tmp_path):
     assert values(two)[0] == pytest.approx(values(one)[0], rel=1e-6)
     for name, tensor in adapter(one).items():
         torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-5, rtol=1e-2)
-    files = ["adapter", "checkpoints", "command.txt", "config.yaml", "data.json", "metrics.jsonl", "report.html"]
-    assert sorted(path.name for path in two.iterdir()) == [*files, "validation.jsonl"]
+    files = ["adapter", "checkpoints", "command.txt", "config.yaml", "data.json", "first_batch.png", "metrics.jsonl"]
+    assert sorted(path.name for path in two.iterdir()) == [*files, "report.html", "validation.jsonl"]
+    assert (two / "first_batch.png").read_bytes() == (one / "first_batch.png").read_bytes()
     state = json.loads((two / "checkpoints" / "step_000002" / "state.json").read_text())
     assert (state["step"], state["base"], state["images_per_step"]) == (2, "tiny", 4)

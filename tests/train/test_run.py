@@ -40,6 +40,7 @@ def test_a_run_folder_holds_all_that_was_made(train):
         "checkpoints",
         "config.yaml",
         "data.json",
+        "first_batch.png",
         "metrics.jsonl",
         "report.html",
         "samples",
