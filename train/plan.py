@@ -93,13 +93,23 @@ def open_samples(run: RunConfig) -> Source | None:
     return samples
 
 
+def missing_images(run: RunConfig) -> str:
+    """Return that images of a dataset of files are not on this machine; empty if they are, or may be on the Hub."""
+    dataset = run.composed["dataset"]
+    if str(dataset.get("_target_")).endswith("HuggingFace"):
+        return ""
+    missing = [place for place in paths(dataset) if isinstance(place, str) and not user_path(place).exists()]
+    return f"dataset.path={missing[0]!r} does not exist on this machine" if missing else ""
+
+
 def about_images(plan: Plan) -> list[str]:
     """Return lines on how often each image is trained, and on the disk that its run takes."""
     try:
         samples = open_samples(plan.run)
     except ValueError as error:
         return [f"The images cannot be counted: {error}", *disk_lines(plan, None)]
-    return [*([] if samples is None else [times_seen(plan.run, samples)]), *disk_lines(plan, samples)]
+    seen = [f"{text}."] if (text := missing_images(plan.run)) else []
+    return [*(seen if samples is None else [times_seen(plan.run, samples)]), *disk_lines(plan, samples)]
 
 
 def disk_lines(plan: Plan, samples: Source | None) -> list[str]:
@@ -192,7 +202,9 @@ def main(config: DictConfig) -> None:
 
     # Whether it fits, and the time of a step.
     target = planned_memory(now, on_gpu, plan.name, card or 0)
-    if not plan.fits:
+    if plan.fits and card is not None:
+        console.print(f"It fits {f'{card:g} GB' if on_gpu else target}, as predicted.")
+    elif not plan.fits:
         console.print(
             f"As set it does not fit {f'{card:g} GB' if on_gpu else target}: it needs {now.training / 1e9:.1f} GB"
             f"{' on one of them' if now.split else ''}, and "

@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 
 from data.files import user_path
+from flux2.utils.terminal import show
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         serve(parser.parse_args(arguments))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        used = "; a studio may be there already: end it with Ctrl-C, or give another --port" * ("in use" in str(error))
+        show(f"error: {error}{used}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -74,7 +74,7 @@ def test_what_cannot_read_an_adapter_is_said_at_the_end(kind, said, small, run_c
         holds(out, f"PEFT ... flux2.generate ... LoHa ... {command} comfyui ... ComfyUI ... diffusers ... kohya")
         == said
     )
-    assert (command in out) == said
+    assert (f"{command} comfyui --out FILE`" in out) == said
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,7 @@ def test_a_full_disk_ends_the_command(refused, recognizer, tmp_path, monkeypatch
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", lambda self, *_, **__: full() if ".part" in self.name else None)
+    monkeypatch.setattr(Path, "write_bytes", lambda self, *_, **__: full() if ".part" in self.name else None)
     assert holds(refused(f"dataset.path={tmp_path}"), "0.txt ... no space left ... room")
     assert len(recognizer.asked) == 1
     assert contents(tmp_path) == {}

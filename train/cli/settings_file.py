@@ -36,7 +36,7 @@ def with_settings_file(words: Sequence[str]) -> list[str]:
     path = files[0].partition("=")[2].strip("\"'")
     if not path or not user_path(path).is_file():
         problem = "is a folder" if path and user_path(path).is_dir() else "does not exist"
-        raise ValueError(f"config={path} {problem}. Give a YAML file of settings (docs/training.md)")
+        raise ValueError(f"config={path} {problem}. Give a YAML file of settings (docs/data.md)")
     settings = read_yaml(user_path(path))
     if not isinstance(settings, dict) or not settings or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"config={path} must hold settings, one a line: steps: 500")

@@ -69,7 +69,6 @@ def one(request: Request, folder: str) -> Response:
     run = run_files.check_run(studio(request).workspace.resolve(folder))
     summary = run_files.summary(run)
     values = {"run": summary, "shown": studio(request).workspace.show(run), "parts": list(PARTS)}
-    values |= {"has_report": (run / REPORT).is_file(), "has_adapter": (run / "adapter" / PEFT_FILE).is_file()}
     return page(request, "run.html", title=summary.label, **values)
 
 
@@ -95,7 +94,8 @@ def part(request: Request, folder: str, name: str) -> Response:
 def now_values(known: Studio, run: Path) -> dict[str, Any]:
     state = run_files.state_of(run)
     facts, elsewhere = run_files.facts_of(run, state), run_files.runs_elsewhere(run, state)
-    return {"state": state, "facts": facts, "elsewhere": elsewhere}
+    made = {"has_report": (run / REPORT).is_file(), "has_adapter": (run / "adapter" / PEFT_FILE).is_file()}
+    return {"state": state, "facts": facts, "elsewhere": elsewhere, **made}
 
 
 def action_values(known: Studio, run: Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ KEY = re.compile(r"[a-z]\w*([./][a-z]\w*)*")  # of a setting or a group: no part
 INTERPOLATION = re.compile(r"\$\\*\{")  # Hydra reads `$\{` as `${`
 FOREIGN = "hydra", "config", "defaults"  # keys that read files or code of one's own
 QUOTE = '"'
+MISSING = "???"  # a value that has to be given
 MOST_CHARACTERS = 20_000  # of a word
 PLACES = re.compile(r"(^|[._])(path|folder|dir|init|resume|references|mask)$")  # settings that may name a file
 COMPOSING = threading.Lock()  # Hydra keeps what it composes from in one place of the process
@@ -57,6 +58,15 @@ class Setting:
     name: str
     value: str
     comment: str
+
+    @property
+    def typed(self) -> str:
+        """What its field shows: nothing for null, and for what is still to be given."""
+        return "" if self.value in (MISSING, "null") else self.value
+
+    @property
+    def when_empty(self) -> str:
+        return {MISSING: "needed", "null": "none"}.get(self.value, "")
 
     @property
     def lines(self) -> list[str] | None:

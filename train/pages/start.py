@@ -7,6 +7,7 @@ import time
 from itertools import chain
 from urllib.parse import urlencode
 
+import torch
 from fastapi import APIRouter, Request, Response
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -16,7 +17,7 @@ from train.cli.errors import USER_ERRORS
 from train.pages import settings as forms
 from train.pages.base import Form, Studio, page, studio
 from train.pages.datasets import check_files
-from train.pages.settings import SettingError
+from train.pages.settings import MISSING, SettingError
 from train.pages.workspace import Refused
 from train.planner.gpus import SIZES
 from train.planner.lighter_runs import lighter_runs
@@ -41,7 +42,6 @@ FIRST = (  # what is asked first; everything else is in the list of all settings
     "sample.prompts",
 )
 MOST_SAMPLES = 2000  # of a dataset that is read while the page waits
-MISSING = "???"  # a value that has to be given
 
 
 class StartForm(Form):
@@ -80,7 +80,7 @@ def overrides_of(known: Studio, chosen: StartForm) -> list[str]:
     for name, value in chosen.values.items():
         if name not in before:
             raise SettingError(f"{name} is no setting of these choices", name)
-        if value.strip() == before[name].strip():
+        if value.strip() == before[name].strip() or (not value.strip() and before[name] == "null"):
             continue
         if forms.PLACES.search(name):
             known.workspace.check(value)
@@ -100,8 +100,9 @@ def start(request: Request, experiment: str = "", dataset: str = "", path: str =
     """The form; `experiment`, and the dataset at `path`, are chosen at first."""
     known = [name for name in (experiment,) if name in forms.groups()["experiment"]]
     choices = [f"+experiment={name}" for name in known]
-    data = {"dataset": dataset, "path": path} if dataset in forms.choices("dataset") else {}
-    composed = choices + [f"dataset={dataset}" for _ in data][:1]
+    data = {"dataset": dataset} if dataset in forms.choices("dataset") else {}
+    composed = choices + [f"dataset={name}" for name in data.values()]
+    data |= {"path": path} if path else {}
     found = forms.settings(composed)
     first = [*FIRST, *(one.name for one in found if one.value == MISSING and one.name not in FIRST)]
     return page(
@@ -114,6 +115,7 @@ def start(request: Request, experiment: str = "", dataset: str = "", path: str =
         defaults=chosen_groups(choices),
         chosen=chosen_groups(composed),
         given={"dataset.path": path} if path else {},
+        is_told_model=bool(known),
         with_data=urlencode(data),
         settings=sorted(found, key=lambda one: first.index(one.name) if one.name in first else len(first)),
         first=first,
@@ -158,7 +160,12 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
                 best=best,
                 step=step,
                 total=planning.total_time(found),
-                notes=[*about, planning.text_encoder_text(found), distilled_model(found.run.variant)],
+                notes=[
+                    *here(found.on_gpu and chosen.card is None),
+                    *about,
+                    planning.text_encoder_text(found),
+                    distilled_model(found.run.variant),
+                ],
                 host=planning.host_text,
                 lighter=lighter,
                 columns=GPU_COLUMNS,
@@ -170,6 +177,13 @@ def plan(request: Request, chosen: StartForm) -> dict[str, str]:
             ).body
         ).decode()
     }
+
+
+def here(is_for_this_machine: bool) -> list[str]:
+    """Return what is to be known of a plan without the size of a GPU."""
+    if torch.cuda.is_available() or not is_for_this_machine:
+        return []
+    return ["This machine has no GPU, so a run here trains on the CPU: the embedded model in minutes, others hardly."]
 
 
 @router.post("/start/batch")
@@ -203,9 +217,11 @@ def run(request: Request, chosen: StartForm) -> dict[str, str]:
     overrides = overrides_of(known, chosen)
     config = forms.compose(overrides)
     try:
-        make_plan(config.copy())
+        found = make_plan(config.copy())
     except USER_ERRORS as error:
         raise forms.error_of(error, overrides) from error
+    if text := planning.missing_images(found.run):
+        raise SettingError(f"{text}. Give the folder or file with the images", "dataset.path")
     name = str(config.name)
     if config.get("output_dir") is None:
         if not re.fullmatch(r"[\w.-]+", name):

@@ -41,7 +41,8 @@ class Workspace:
             opened = listed([str(folder) for folder in self.folders])
             words = " ".join([*map(str, self.folders[1:]), str(path)])  # the first is the current one
             raise Refused(
-                f"{path} is outside of the opened folders ({opened}). Open it: python train/studio.py {words}"
+                f"{path} is outside of the opened folders ({opened}). To open it, end the studio with Ctrl-C and start "
+                f'it again: make studio FOLDERS="{words}", or python train/studio.py {words}'
             )
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import NewRun, RunLocation, find
 from train.config.run_config import RunConfig
 from train.reports import run_report
+from train.reports.batch_sheet import FIRST_BATCH
 from train.sweeps.job import folder_of_job, is_sweep
 from train.tracking.metrics import METRICS_FILE
 from train.utils.console import PHASES, say
@@ -57,7 +58,15 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
         raise
     finally:
         if lock is not None:
+            forget_start(lock.folder)
             lock.release()
+
+
+def forget_start(folder: Path) -> None:
+    """Remove the sheet of a run that ended before it trained, so that its folder goes too; a failure keeps it."""
+    if not (folder / CONFIG_FILE).is_file():
+        with suppress(OSError):
+            (folder / FIRST_BATCH).unlink(missing_ok=True)
 
 
 def report_unfinished(folder: Path) -> None:

@@ -111,7 +111,6 @@ def test_a_hidden_value_is_not_white() -> None:
 def test_no_program_is_started_whatever_a_file_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flux2.generate.metadata import read
     from flux2.utils.images import read_image
-    from train.config.run_config import open_image
     from train.utils.files import read_image as read_grid
 
     def refuse(*_: object, **__: object) -> None:
@@ -126,7 +125,6 @@ def test_no_program_is_started_whatever_a_file_is_called(tmp_path: Path, monkeyp
         for read_file in (
             lambda path: file_picture(path).load(),
             lambda path: file_picture(path).size,
-            lambda path: open_image(str(path)).load(),
             lambda path: read_image(path, "--image"),
             lambda path: read(path, "--from-image"),
         ):

@@ -24,6 +24,12 @@ AUTO = ("memory=auto", "memory.gpu_memory_gb=8")
 
 
 @pytest.fixture
+def train(train, tmp_path):
+    """`train` with a cache of its own, in which no other test encoded a prompt."""
+    return lambda name, *overrides: train(name, f"cache_dir={tmp_path / 'cache'}", *overrides)
+
+
+@pytest.fixture
 def cramped(monkeypatch):
     """`cramped(*storages)`: these do not fit the device, and `host=True` host memory has no room either."""
 

@@ -8,7 +8,9 @@ const start = root => {
   for (const box of root.querySelectorAll('[data-live]')) keepCurrent(box);
   for (const field of root.querySelectorAll('[data-refresh]')) field.addEventListener('change', refresh);
   for (const field of root.querySelectorAll('[data-go]'))
-    field.addEventListener('change', () => location.assign(field.dataset.go + encodeURIComponent(field.value)));
+    field.addEventListener('change', () => location.assign(withPath(field.dataset.go + encodeURIComponent(field.value))));
+  for (const link of root.querySelectorAll('.cases a'))
+    link.addEventListener('click', () => { link.href = withPath(link.href); });
   for (const log of root.querySelectorAll('.log')) log.scrollTop = log.scrollHeight;
   for (const button of root.querySelectorAll('[data-add]')) button.addEventListener('click', () => {
     const field = document.querySelector(button.dataset.add);
@@ -16,6 +18,13 @@ const start = root => {
   });
   for (const field of root.querySelectorAll('[data-filter]')) field.addEventListener('input', () => filter(field));
   for (const image of root.querySelectorAll('img[data-tell]')) tellProblem(image);
+};
+
+// Keeps a path that was typed when another experiment is chosen.
+const withPath = address => {
+  const field = document.querySelector('[name="dataset.path"]'), found = new URL(address, location);
+  if (field && field.value !== field.dataset.default) found.searchParams.set('path', field.value);
+  return found.href;
 };
 
 // Shows only the rows of `data-filter` that have all words.
@@ -123,7 +132,8 @@ const say = (form, found) => {
   if (field instanceof HTMLElement) {
     field.setAttribute('aria-invalid', 'true');
     for (let box = field.closest('details'); box; box = box.parentElement.closest('details')) box.open = true;
-    (field.closest('label') || field).after(note);
+    if (field.closest('label')) field.closest('label').append(note);
+    else field.after(note);
     field.focus();
   } else form.append(note);
 };
