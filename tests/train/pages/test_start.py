@@ -4,12 +4,14 @@ import re
 import shlex
 import sys
 from base64 import b64decode
+from html import unescape
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from message_helpers import holds
 from PIL import Image
+from train_helpers import draw_picture
 
 from train.pages import settings as forms
 from train.pages import start
@@ -173,6 +175,36 @@ def test_the_pictures_that_were_looked_at_are_chosen(page, tmp_path):
     assert re.search(r'<select name="dataset" data-in="groups" data-default="demo"', text)
     assert "<option selected>pairs</option>" in text
     assert page.get("/start", params={"dataset": "../x", "path": "x"}).status_code == 200
+
+
+def test_the_link_below_pictures_leads_to_a_run_on_them(page):
+    folder = page.known.workspace.folders[0] / "my cards & more"
+    draw_picture(0, (64, 64)).save(folder.with_suffix(".png"))
+    folder.mkdir()
+    folder.with_suffix(".png").rename(folder / "a.png")
+    text = page.get("/pictures", params={"path": folder.name}).text
+    address = unescape(re.search(r'href="(/start[^"]*)"[^>]*>Train on these', text)[1])
+    text = page.get(address).text
+    assert 'name="dataset.path" value="my cards &amp; more" data-default=""' in text
+    assert "<option selected>folder</option>" in text
+
+
+def test_a_run_on_a_folder_that_is_not_there_is_not_started(page, monkeypatch):
+    monkeypatch.setattr(Queue, "start_next", lambda self: None)
+    sent = {"groups": {"model": "tiny", "dataset": "folder"}, "values": {"dataset.path": "nowhere"}}
+    answer = page.submit("/start/run", **sent)
+    assert (answer["status"], answer["field"]) == (400, "dataset.path")
+    assert "dataset.path='nowhere' does not exist on this machine" in answer["error"]
+    assert page.known.queue.jobs() == []
+    assert "&#39;nowhere&#39; does not exist on this machine" in page.submit("/start/plan", **sent)["html"]
+
+
+def test_a_field_of_null_is_empty_and_stays_null(page, monkeypatch):
+    monkeypatch.setattr(Queue, "start_next", lambda self: None)
+    assert re.search(r'name="dataset.captions.trigger" value="" data-default="" data-in="values" placeholder="none"',
+                     page.get("/start").text)  # fmt: skip
+    assert page.submit("/start/run", values={"dataset.captions.trigger": " ", "steps": "3"})["status"] == 200
+    assert page.known.queue.job(1).command[2] == "steps=3"
 
 
 def test_comments_of_the_experiment_are_text(page):
