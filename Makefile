@@ -19,7 +19,7 @@ help:
 	@echo "make test-simulated-gpu   CUDA code on a simulated GPU (tests/simulated_gpu): 5 GB to install, minutes to run"
 	@echo "make tiny       draw the pictures and train the embedded model again (hours)"
 	@echo "make docs       the documentation as a site, in build/site"
-	@echo "make bench      the side-by-side benchmarks for this machine, and README's tables from them"
+	@echo "make bench      the side-by-side benchmarks for this machine, and the documentation's tables from them"
 
 setup: .venv/installed
 
