@@ -50,7 +50,7 @@ from train.planner.predictor import Planner
 from train.planner.search import does_not_fit, lighter
 from train.stages.class_data import class_dataset
 from train.stages.data import extra_prompts, paths
-from train.stages.first_batch import check_new, plan_first_batch
+from train.stages.first_batch import UNDECODED, check_new, plan_first_batch
 from train.stages.memory import distilled_model
 from train.utils.files import write_whole
 from train.utils.text import many
@@ -120,7 +120,7 @@ def disk_lines(plan: Plan, samples: Source | None) -> list[str]:
     prompts = dict.fromkeys([*captions, "", *extra_prompts(run, samples or [])])
     parts = list(written(run, plan.planner, None if samples is None else images, prompts))
     what = f"Disk, predicted: {size_text(sum(part.size for part in parts))}"
-    rest = "" if samples is not None else "; the images are not here, so that one of them is counted"
+    rest = "" if samples is not None else "; of images, one is counted"
     kinds = f"{', '.join(map(str, parts))}; without sample grids{rest}"
     return [f"{what} ({kinds})", *filter(None, [too_full(parts)])]
 
@@ -190,7 +190,8 @@ def main(config: DictConfig) -> None:
     run, now, planner, card, on_gpu = plan.run, plan.now, plan.planner, plan.card, plan.on_gpu
 
     # The run and its memory by phase.
-    console, shape = Console(width=max(120, Console().width), highlight=False), planner.job.shape
+    width, shape = max(120, Console().width), planner.job.shape
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     console.print(
         f"{run.variant.name} in {planner.job.precision}: {many(shape.rows, 'image')} of {shape.image} tokens "
         f"with {shape.text} text tokens, {planner.job.trained_parameters:,} trained parameters"
@@ -245,7 +246,7 @@ def main(config: DictConfig) -> None:
 
     if preview is not None:
         write_whole(preview, plan_first_batch(run).sheet())
-        console.print(f"The first batch, as it would be trained: {preview}", soft_wrap=True)
+        console.print(f"The first batch, as it would be trained: {preview}\n{UNDECODED}", soft_wrap=True)
 
 
 if __name__ == "__main__":

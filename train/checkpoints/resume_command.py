@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from flux2.utils.text import join_words, split_words
 from train.distributed.launch import is_submitted, launch_command, submitted_command
 from train.utils.redact import MASK, masked_settings
+from train.utils.text import setting
 
 SETTING = re.compile(r"\+?[A-Za-z][\w./@-]*=.*", re.DOTALL)  # no flag, and no deletion
 NOT_REPEATED = ("resume", "output_dir", "allow_changed_data")  # set by the resumed run, or meant for one start only
@@ -21,7 +22,7 @@ NOT_REPEATED = ("resume", "output_dir", "allow_changed_data")  # set by the resu
 def how_to_resume(folder: Path) -> str:
     """Return how to resume the run in `folder`: the command, or the setting if this process is not a command."""
     if not HydraConfig.initialized():
-        return f"resume with resume={folder}"
+        return f"resume with {setting('resume', str(folder))}"
     return f"resume with:\n  {command_line(folder)}"
 
 
@@ -34,7 +35,8 @@ def command_line(folder: Path) -> str:
     script = "train/run.py" if is_submitted() else sys.argv[0]
     start = submitted_command() if is_submitted() else launch_command(script)
     on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    command = join_words([*start, script, *map(masked_settings, words), f"resume={folder}"])  # logs are read by others
+    shown = map(masked_settings, words)  # logs are read by others
+    command = join_words([*start, script, *shown, setting("resume", str(folder))])
     return f"ACCELERATE_USE_CPU=true {command}" if on_cpu else command
 
 

@@ -110,7 +110,7 @@ def completions(words: Sequence[str]) -> list[str]:
     groups = [group for group in groups if (CONFIG / group).is_dir()]
     key, equals, _ = last.partition("=")
     group = key.removeprefix("+")
-    if equals and group in ("experiment", *groups):
+    if equals and (key == "+experiment" or group in groups):
         found = [f"{key}={file.stem}" for file in sorted((CONFIG / group).glob("[!_]*.yaml"))]
     else:
         settings = [name for name, value in content.items() if name not in ("defaults", "hydra")]

@@ -22,6 +22,7 @@ from flux2.utils.text import quote_word
 from train.config.instantiate import unknown_setting
 from train.config.paths import CONFIG
 from train.utils.redact import may_be_secret
+from train.utils.text import in_quotes
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
 
@@ -46,13 +47,6 @@ def known_settings(overrides: Sequence[str], name: str = "train") -> list[str]:
             return all_keys(hydra.compose(name, chosen))
         except (HydraException, OmegaConfBaseException):
             return all_keys(hydra.compose(name))
-
-
-def in_quotes(text: str, quote: str) -> str:
-    """Return `text` in Hydra's quotes, in which only the quote itself and the backslashes before it are special."""
-    escaped = re.sub(rf"(\\*){quote}", lambda found: found[1] * 2 + "\\" + quote, text)
-    trailing = len(escaped) - len(escaped.rstrip("\\"))
-    return quote + escaped + "\\" * trailing + quote
 
 
 def quoted_override(word: str, *, sweep: bool = False) -> str | None:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.files import user_path
-from train.cli.errors import in_quotes
 from train.config.paths import CONFIG
 from train.utils.files import read_yaml
+from train.utils.text import in_quotes
 
 KEY = "config"
 
@@ -43,7 +43,11 @@ def with_settings_file(words: Sequence[str]) -> list[str]:
     given, rest = {key_of(word) for word in words}, [word for word in words if key_of(word) != KEY]
     own: dict[str, str] = {}
     for key, word in overrides(settings, path):
-        if key in own:
+        if key in own or any(
+            longer.startswith(f"{shorter}.") and own.get(shorter, word).partition("=")[2].startswith("{")
+            for other in own
+            for shorter, longer in ((key, other), (other, key))
+        ):
             raise ValueError(f"config={path} sets {key} twice. Keep one of the lines")
         own[key] = word
     return [*(word for key, word in own.items() if key not in given), *rest]

@@ -31,6 +31,7 @@ from train.reports.run_report import differences_table, loss_charts
 from train.utils.checks import is_count
 from train.utils.files import read_image
 from train.utils.redact import masked_command
+from train.utils.text import quoted, setting
 from train.validation.sample_grid import sample_grids
 from train.validation.samples import is_string_list
 
@@ -224,11 +225,11 @@ def comparison_values(known: Studio, entries: Sequence[Entry], folders: Sequence
 
 def evaluate_settings(known: Studio, folder: Path, first: dict[str, Any], seeds: int) -> list[str]:
     """Return the settings that draw a run's checkpoints, with the prompts of the first run if its own are others."""
-    words = [run_files.setting("run", known.workspace.show(folder)), f"seeds=[{','.join(map(str, range(seeds)))}]"]
+    words = [setting("run", known.workspace.show(folder)), f"seeds=[{','.join(map(str, range(seeds)))}]"]
     wanted, own = first.get("sample"), run_files.configuration(folder).get("sample")
     prompts = wanted.get("prompts") if isinstance(wanted, dict) else None
     if is_string_list(prompts) and prompts and (not isinstance(own, dict) or own.get("prompts") != prompts):
-        words.append(f"prompts=[{','.join(map(run_files.quoted, prompts))}]")
+        words.append(f"prompts=[{','.join(map(quoted, prompts))}]")
     return words
 
 

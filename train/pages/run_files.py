@@ -22,7 +22,6 @@ from flux2.utils.images import open_image
 from flux2.utils.json_files import read_text
 from train.checkpoints import resume
 from train.checkpoints.checkpoint import CONFIG_FILE, checkpoints, read_state
-from train.cli.errors import in_quotes
 from train.config.memory import choice_of
 from train.reports.run_pictures import LinkedImage
 from train.reports.run_report import COMMANDS, MOST_COMMAND, RunSummary
@@ -293,16 +292,6 @@ def can_sample(config: dict[str, Any]) -> bool:
     sample = config.get("sample")
     draws = isinstance(sample, dict) and (sample.get("prompts") or sample.get("captions"))
     return bool(draws and config.get("sample_every"))
-
-
-def quoted(text: str) -> str:
-    """Return a text as a value of an override: in quotes where Hydra would read something else."""
-    return text if re.fullmatch(r"[\w.~-]*/[\w./~-]*", text, re.ASCII) else in_quotes(text.replace("${", "\\${"), '"')
-
-
-def setting(key: str, value: str) -> str:
-    """Return the override `key=value` of a text."""
-    return f"{key}={quoted(value)}"
 
 
 # Pictures

@@ -33,6 +33,7 @@ from train.reports.run_report import REPORT, loss_charts
 from train.utils.files import MOST_YAML
 from train.utils.lock import LOCK_FILE, in_use
 from train.utils.redact import masked_command
+from train.utils.text import setting
 from train.validation.sample_grid import sample_grids
 
 router = APIRouter()
@@ -261,5 +262,5 @@ def resume_command(known: Studio, run: Path, steps: int | None) -> list[str]:
     if steps is not None:
         settings = [word for word in settings if word.partition("=")[0] != "steps"] + [f"steps={steps}"]
     start = [*LAUNCHER, str(processes)] if processes > 1 else []
-    words = [*settings, run_files.setting("resume", known.workspace.show(run))]
+    words = [*settings, setting("resume", known.workspace.show(run))]
     return [sys.executable, *start, *train_command(words)[1:]]

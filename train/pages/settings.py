@@ -24,12 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flux2.utils.text import join_words
-from train.cli.errors import format_error, in_quotes
+from train.cli.errors import format_error
 from train.cli.start import prepare_hydra
 from train.config.instantiate import check_own_targets
 from train.config.paths import CONFIG
 from train.config.run_config import GROUPS
 from train.utils.files import short_path
+from train.utils.text import in_quotes
 
 LINE = re.compile(r"(?P<indent> *)(?P<key>[\w-]+):(?P<value>.*?)(?:\s+#\s?(?P<comment>.*))?$")
 NAME = re.compile(r"[a-z][\w.]*")

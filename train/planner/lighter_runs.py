@@ -58,7 +58,7 @@ def lighter_runs(config: DictConfig, plan: Plan) -> Iterator[LighterRun]:
     A change that does not work with the other settings is left out.
     """
     best = plan.best()
-    if plan.card is None or not plan.on_gpu or not streams_much(plan, best):
+    if plan.card is None or plan.processes > 1 or not plan.on_gpu or not streams_much(plan, best):
         return
     changes = [(f"model={SMALL_MODEL}", "model", read_yaml(CONFIG / "model" / f"{SMALL_MODEL}.yaml"))]
     changes += [(f"buckets.resolution={SMALL_SIDE}", "buckets.resolution", SMALL_SIDE)]

@@ -24,7 +24,7 @@ from train.utils.checks import is_number
 from train.utils.console import PHASES, UNSAVED, say, warn_unsaved
 from train.utils.redact import masked_text
 from train.utils.signals import stop_requests
-from train.utils.text import duration, many
+from train.utils.text import duration, many, setting
 
 
 def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None:
@@ -129,7 +129,8 @@ def next_commands(
         processes = config.accelerator.num_processes
         commands.append(("again", run_report.launch_command(words, processes, ("output_dir", "resume"))))
     if checkpoints(folder):
-        commands.append(("compare", join_words(["python", "train/evaluate.py", masked_text(f"run={folder}")])))
+        run = masked_text(setting("run", str(folder)))
+        commands.append(("compare", join_words(["python", "train/evaluate.py", run])))
     use = "try it" if found.checkpoint is None and (found.unfit or found.rate_factor != 1) else "use it"
     if use == "use it" and exports:
         adapters = [str(config.adapter.init)] if config.adapter.is_frozen else []

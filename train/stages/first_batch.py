@@ -6,6 +6,7 @@ the pixels from the function that the autoencoder's input comes from (`data.cach
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,6 @@ from data.files import user_path
 from data.loader import DrawnSample, Loader
 from data.sources import Sample
 from data.sources.images import BadPicture, FileOpener, Picture
-from train.checkpoints.checkpoint import CONFIG_FILE
 from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
 from train.encoding.prepare import CacheRequest
@@ -43,6 +43,7 @@ SECONDS = 15.0  # after which images are left out
 FAILURES = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, ImportError, MemoryError, RuntimeError, SyntaxError
 )  # fmt: skip
+UNDECODED = "If a run leaves out an image whose pixels are damaged, other samples follow: here headers alone are read."
 NO_TIME = f"left out: the images before it took more than {SECONDS:g} seconds"
 
 
@@ -189,11 +190,11 @@ def tile(role: str, work: Work, limit: int, weights: np.ndarray | None, is_late:
 def write_first_batch(config: RunConfig, location: RunLocation, data: TrainingData) -> None:
     """Write the sheet of a new run into its folder; a failure is a warning. A resumed run keeps what it has."""
     file = location.folder / FIRST_BATCH
-    is_new = location.checkpoint is None and not (file.exists() and (location.folder / CONFIG_FILE).exists())
-    if not config.accelerator.is_main_process or not is_new:
+    if not config.accelerator.is_main_process or location.checkpoint is not None:
         return
     classes = () if data.prepared.classes is None else data.prepared.classes[0]
     try:
+        file.unlink(missing_ok=True)  # of a start that saved nothing, perhaps with other captions
         write_whole(file, FirstBatch(config, data.loader, data.samples, data.prior, classes).sheet())
         config.say(f"the first batch, as it is trained: {file}")
     except FAILURES as error:
@@ -235,7 +236,7 @@ def check_new(preview: object) -> Path:
     file = user_path(preview) if isinstance(preview, str) and preview.lower().endswith(".png") else None
     if file is None:
         raise ValueError(f"preview={preview!r} must be the name of a PNG file to write. Write +preview=batch.png.")
-    if file.exists():
+    if os.path.lexists(file):
         raise ValueError(f"preview={preview!r} exists and is not overwritten. Give another name, or remove it.")
     make_writable(file.parent, "the folder of preview")
     return file

@@ -96,7 +96,7 @@ class Progress:
     def close(self) -> None:
         """End the bar and leave it on the terminal, and record the times of the two phases."""
         PHASES["training"] = self._worked
-        PHASES["validation, grids and checkpoints"] = self.clock() - self._began - self._worked
+        PHASES["validation and saving"] = self.clock() - self._began - self._worked
         if self.is_bar:
             self._bar.set_postfix_str(self.text())
         self._bar.close()

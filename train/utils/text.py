@@ -1,6 +1,8 @@
-"""Counts and times in sentences."""
+"""Counts and times in sentences, and texts in overrides of Hydra."""
 
 from __future__ import annotations
+
+import re
 
 
 def many(count: int, noun: str) -> str:
@@ -17,4 +19,22 @@ def duration(seconds: float) -> str:
         return f"{max(1, minutes):.0f} min"
     if hours < 24:
         return f"{int(hours)} h {round(minutes) % 60} min"
-    return f"{hours / 24:.3g} days" if hours < 1e6 else "years"
+    days = f"{hours / 24:.3g}"
+    return "years" if hours >= 1e6 else "1 day" if days == "1" else f"{days} days"
+
+
+def in_quotes(text: str, quote: str) -> str:
+    """Return `text` in Hydra's quotes, in which only the quote itself and the backslashes before it are special."""
+    escaped = re.sub(rf"(\\*){quote}", lambda found: found[1] * 2 + "\\" + quote, text)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return quote + escaped + "\\" * trailing + quote
+
+
+def setting(key: str, value: str) -> str:
+    """Return the override `key=value` of a text, in quotes where Hydra would read something else."""
+    return f"{key}={quoted(value)}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as a value of an override: in quotes where Hydra would read something else."""
+    return text if re.fullmatch(r"[\w.~-]*/[\w./~-]*", text, re.ASCII) else in_quotes(text.replace("${", "\\${"), '"')

@@ -16,6 +16,7 @@ from flux2.adapters.files import UNFINISHED_FILE
 from train.pages import run_files, runs
 from train.reports import run_report
 from train.utils.lock import Lock
+from train.utils.text import setting
 
 pytest_plugins = ("studio_helpers",)
 
@@ -238,5 +239,5 @@ def test_paths_and_prompts_become_settings_that_hydra_reads_back():
 
     paths = ["outputs/a/2026-01-01_10-00-00", "../a", "a b", "x,y", "1", "a=b", "a\\"]
     for text in [*paths, 'it\'s "q"', "true", "null", "${oc.env:HOME}", "1_000", "inf"]:
-        parsed = OverridesParser.create().parse_override(run_files.setting("run", text))
+        parsed = OverridesParser.create().parse_override(setting("run", text))
         assert OmegaConf.create({"run": parsed.value()})["run"] == text
