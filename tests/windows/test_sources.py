@@ -180,17 +180,17 @@ def test_typed_folders_keep_their_backslashes(monkeypatch):
 
 @pytest.mark.parametrize(("has_nccl", "backend"), [(True, "nccl"), (False, "gloo")])
 def test_processes_on_gpus_connect_without_nccl(has_nccl, backend, monkeypatch):
-    class Connected(Exception):  # noqa: N818
+    class ConnectedError(Exception):
         """What is asked for is known; there is no GPU here."""
 
     def connect(*, kwargs_handlers, **_):
-        raise Connected(kwargs_handlers[0].backend)
+        raise ConnectedError(kwargs_handlers[0].backend)
 
     monkeypatch.setattr(processes, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(processes, "Accelerator", connect)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Connected, match=backend):
+    with pytest.raises(ConnectedError, match=backend):
         processes.make_accelerator(None)
 
 

@@ -43,14 +43,15 @@ def with_settings_file(words: Sequence[str]) -> list[str]:
     given, rest = {key_of(word) for word in words}, [word for word in words if key_of(word) != KEY]
     own: dict[str, str] = {}
     for key, word in overrides(settings, path):
-        if key in own or any(
-            longer.startswith(f"{shorter}.") and own.get(shorter, word).partition("=")[2].startswith("{")
-            for other in own
-            for shorter, longer in ((key, other), (other, key))
-        ):
+        if key in own or any(holds(key, word, other) or holds(other, own[other], key) for other in own):
             raise ValueError(f"config={path} sets {key} twice. Keep one of the lines")
         own[key] = word
     return [*(word for key, word in own.items() if key not in given), *rest]
+
+
+def holds(key: str, word: str, other: str) -> bool:
+    """Return whether the override `word` of `key` is a mapping, in which `other` would be set again."""
+    return other.startswith(f"{key}.") and word.partition("=")[2].startswith("{")
 
 
 def key_of(word: str) -> str:
